@@ -1,0 +1,136 @@
+"""Backbones that timm builds: PVTv2, DINOv3, ResNet-50 and VGG-16. timm is needed only when one of them is chosen."""
+
+import torch
+from torch import nn
+from transformers.utils import is_timm_available
+
+from .configuration_birefnet import BiRefNetConfig
+
+
+if is_timm_available():
+    import timm
+
+
+# Name in timm, and for the plain ViTs the blocks whose outputs are the four maps (models/backbones/dino_v3.py upstream).
+TIMM_NAMES = {
+    "pvt_v2_b5": "pvt_v2_b5",
+    "pvt_v2_b2": "pvt_v2_b2",
+    "pvt_v2_b1": "pvt_v2_b1",
+    "pvt_v2_b0": "pvt_v2_b0",
+    "dino_v3_7b": "vit_7b_patch16_dinov3.lvd1689m",
+    "dino_v3_h_plus": "vit_huge_plus_patch16_dinov3.lvd1689m",
+    "dino_v3_l": "vit_large_patch16_dinov3.lvd1689m",
+    "dino_v3_b": "vit_base_patch16_dinov3.lvd1689m",
+    "dino_v3_s_plus": "vit_small_plus_patch16_dinov3.lvd1689m",
+    "dino_v3_s": "vit_small_patch16_dinov3.lvd1689m",
+    "resnet50": "resnet50.tv2_in1k",
+    "vgg16": "vgg16.tv_in1k",
+    "vgg16bn": "vgg16_bn.tv_in1k",
+}
+DINO_V3_BLOCKS = {
+    "dino_v3_7b": (9, 19, 29, 39),
+    "dino_v3_h_plus": (7, 15, 23, 31),
+    "dino_v3_l": (5, 11, 17, 23),
+    "dino_v3_b": (3, 5, 7, 11),
+    "dino_v3_s_plus": (3, 5, 7, 11),
+    "dino_v3_s": (3, 5, 7, 11),
+}
+
+
+def create_timm_model(name: str, **kwargs) -> nn.Module:
+    """`timm.create_model` for a backbone by its name in `BiRefNetConfig`.
+
+    Raises:
+        ImportError: timm is not installed.
+    """
+    if not is_timm_available():
+        raise ImportError(
+            f"backbone={name!r} is built by timm: pip install 'birefnet-hf[timm]' (or pip install timm)."
+        )
+    return timm.create_model(TIMM_NAMES[name], pretrained=False, **kwargs)
+
+
+class BiRefNetPvtBackbone(nn.Module):
+    """Pyramid Vision Transformer v2 (Wang et al., arXiv 2106.13797), its parts under their numbers 1 to 4."""
+
+    def __init__(self, config: BiRefNetConfig):
+        super().__init__()
+        model = create_timm_model(config.backbone, drop_path_rate=config.drop_path_rate)
+        embeddings = [model.patch_embed, *(stage.downsample for stage in model.stages[1:])]
+        self.patch_embeds = nn.ModuleDict({str(i): embedding for i, embedding in enumerate(embeddings, start=1)})
+        self.blocks = nn.ModuleDict({str(i): stage.blocks for i, stage in enumerate(model.stages, start=1)})
+        self.norms = nn.ModuleDict({str(i): stage.norm for i, stage in enumerate(model.stages, start=1)})
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> list[torch.Tensor]:
+        """(B, 3, H, W) → four maps (B, C_i, H/4.., W/4..), fine to coarse."""
+        feature_map = pixel_values
+        feature_maps = []
+        for index, patch_embed in self.patch_embeds.items():
+            tokens = patch_embed(feature_map)  # (B, h, w, C)
+            batch_size, height, width, channels = tokens.shape
+            tokens = tokens.reshape(batch_size, height * width, channels)
+            for block in self.blocks[index]:
+                tokens = block(tokens, (height, width))
+            tokens = self.norms[index](tokens)
+            feature_map = tokens.reshape(batch_size, height, width, channels).permute(0, 3, 1, 2).contiguous()
+            feature_maps.append(feature_map)
+        return feature_maps
+
+
+class BiRefNetDinoV3Backbone(nn.Module):
+    """DINOv3 (Siméoni et al., arXiv 2508.10104): four maps of one scale, stride 16, without the final norm."""
+
+    def __init__(self, config: BiRefNetConfig):
+        super().__init__()
+        features = create_timm_model(
+            config.backbone, features_only=True, dynamic_img_size=True, out_indices=DINO_V3_BLOCKS[config.backbone]
+        )
+        self.model = features.model
+        self.block_indices = list(DINO_V3_BLOCKS[config.backbone])
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> list[torch.Tensor]:
+        """(B, 3, H, W) → four maps (B, C, H/16, W/16); H and W are multiples of 16."""
+        return self.model.forward_intermediates(
+            pixel_values, indices=self.block_indices, norm=False, output_fmt="NCHW", intermediates_only=True
+        )
+
+
+class BiRefNetConvBackbone(nn.Module):
+    """ResNet-50 or VGG-16, in four stages."""
+
+    def __init__(self, config: BiRefNetConfig):
+        super().__init__()
+        model = create_timm_model(config.backbone)
+        if config.backbone == "resnet50":
+            stem = nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool, model.layer1)
+            self.stages = nn.ModuleList([stem, model.layer2, model.layer3, model.layer4])
+        else:
+            # Cut after the 2nd, 3rd, 4th and 5th pooling.
+            pools = [index + 1 for index, layer in enumerate(model.features) if isinstance(layer, nn.MaxPool2d)]
+            starts = [0, *pools[1:-1]]
+            self.stages = nn.ModuleList(
+                model.features[start:end] for start, end in zip(starts, pools[1:], strict=True)
+            )
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> list[torch.Tensor]:
+        """(B, 3, H, W) → four maps (B, C_i, H/4.., W/4..), fine to coarse."""
+        feature_maps = [pixel_values]
+        for stage in self.stages:
+            feature_maps.append(stage(feature_maps[-1]))
+        return feature_maps[1:]
+
+
+def build_timm_backbone(config: BiRefNetConfig) -> nn.Module:
+    """The timm backbone that `config.backbone` names, with random weights.
+
+    Raises:
+        ImportError: timm is not installed.
+    """
+    if config.backbone.startswith("pvt_v2"):
+        return BiRefNetPvtBackbone(config)
+    if config.backbone.startswith("dino_v3"):
+        return BiRefNetDinoV3Backbone(config)
+    return BiRefNetConvBackbone(config)
+
+
+__all__ = ["build_timm_backbone"]

@@ -1,0 +1,568 @@
+"""BiRefNet (Zheng et al., "Bilateral Reference for High-Resolution Dichotomous Image Segmentation", arXiv 2401.03407).
+
+An image is localised by a backbone run at two scales and a squeeze module, and the mask is reconstructed from coarse to
+fine by a decoder in which every level refers inward, to the image's own pixels, and outward, to its gradients.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput, auto_docstring, logging
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .backbone_swin_birefnet import BiRefNetSwinAttention, BiRefNetSwinBackbone, relative_position_index
+from .backbone_timm_birefnet import build_timm_backbone
+from .configuration_birefnet import BiRefNetConfig
+from .conversion_birefnet import IGNORED_TENSORS
+from .loss_birefnet import BiRefNetLoss
+from .ops_birefnet import deform_conv2d
+
+
+logger = logging.get_logger(__name__)
+
+# Every map's size must be an integer fraction of the image's, down to the coarsest stride.
+SIZE_DIVISOR = 32
+
+
+@auto_docstring(custom_intro="Output of [`BiRefNetForImageSegmentation`].")
+@dataclass
+class BiRefNetImageSegmentationOutput(ModelOutput):
+    r"""
+    loss (`torch.FloatTensor` of shape `(1,)`, *optional*, returned when `labels` is given):
+        The task's weighted sum of losses over all outputs.
+    logits (`torch.FloatTensor` of shape `(batch_size, 1, height, width)`):
+        Foreground logits at the size of `pixel_values`; their sigmoid is the soft alpha.
+    side_logits (`tuple(torch.FloatTensor)`, *optional*, in training mode with `multi_scale_supervision`):
+        Logits of the levels 4, 3, 2, each `(batch_size, 1, height / 32.., width / 32..)`.
+    gradient_logits (`tuple(torch.FloatTensor)`, *optional*, in training mode with `outward_reference`):
+        Predicted image gradients within the object at levels 4, 3, 2, before the sigmoid, at the levels' sizes.
+    gradient_targets (`tuple(torch.FloatTensor)`, *optional*, in training mode with `outward_reference`):
+        What they should be, before the sigmoid, each `(batch_size, 1, height, width)`: the image's Laplacian times the
+        level's side output. Not detached, as in the reference.
+    class_logits (`torch.FloatTensor` of shape `(batch_size, num_classes)`, *optional*, in training mode):
+        Output of the auxiliary classification head, where the config has one.
+    loss_terms (`dict[str, torch.FloatTensor]`, *optional*, returned when `labels` is given):
+        The loss's terms before weighting, detached, for logging.
+    hidden_states (`tuple(torch.FloatTensor)`, *optional*, with `output_hidden_states=True`):
+        Nine feature maps `(batch_size, channels, height / stride, width / stride)`: the four of the encoder, fine to
+        coarse, the squeezed one, and the outputs of the decoder levels, coarse to fine.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    side_logits: tuple[torch.FloatTensor, ...] | None = None
+    gradient_logits: tuple[torch.FloatTensor, ...] | None = None
+    gradient_targets: tuple[torch.FloatTensor, ...] | None = None
+    class_logits: torch.FloatTensor | None = None
+    loss_terms: dict[str, torch.FloatTensor] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+def resize(feature_map: torch.Tensor, size: torch.Size | tuple[int, int]) -> torch.Tensor:
+    """Bilinear resize to (height, width), corners aligned: how BiRefNet resizes everywhere, up and down."""
+    if feature_map.shape[-2:] == tuple(size):
+        return feature_map
+    return F.interpolate(feature_map, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def pad_to_divisor(image: torch.Tensor) -> torch.Tensor:
+    """Repeats the last row and column until both sides are multiples of 32; no-op where they are."""
+    height, width = image.shape[-2:]
+    pad_height, pad_width = -height % SIZE_DIVISOR, -width % SIZE_DIVISOR
+    if pad_height or pad_width:
+        image = F.pad(image, (0, pad_width, 0, pad_height), mode="replicate")
+    return image
+
+
+def stack_patches(image: torch.Tensor, size: torch.Size | tuple[int, int], patch_order: str) -> torch.Tensor:
+    """Cuts the image into a grid of patches of the given size and stacks them on channels.
+
+    Args:
+        image: (B, C, H, W); H and W are multiples of `size`.
+        size: Height h and width w of a patch, the size of the level's map.
+        patch_order: `"c_hg_wg"` (colour outermost) or `"wg_hg_c"` (colour innermost, grid columns outermost).
+
+    Returns:
+        (B, C * (H / h) * (W / w), h, w).
+    """
+    batch_size, channels, image_height, image_width = image.shape
+    height, width = size
+    rows, columns = image_height // height, image_width // width
+    patches = image.view(batch_size, channels, rows, height, columns, width)
+    order = (0, 1, 2, 4, 3, 5) if patch_order == "c_hg_wg" else (0, 4, 2, 1, 3, 5)
+    return patches.permute(order).reshape(batch_size, channels * rows * columns, height, width)
+
+
+def image_laplacian(image: torch.Tensor) -> torch.Tensor:
+    """Laplacian of the image's channel mean, 5×5, kernel normalised, reflected border: (B, C, H, W) → (B, 1, H, W).
+
+    The same numbers as kornia's `laplacian(mean, kernel_size=5)`, which the reference's training targets come from:
+    ones everywhere but -24 in the centre, divided by 48, is the difference of the window's mean and the pixel.
+    """
+    mean = image.mean(dim=1, keepdim=True)
+    window_mean = F.avg_pool2d(F.pad(mean, (2, 2, 2, 2), mode="reflect"), kernel_size=5, stride=1)
+    return (window_mean - mean) * (25 / 48)
+
+
+class BiRefNetBatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation that survives a single value per channel in training, which has no variance.
+
+    That happens at batch size 1 in the pooled branch. Upstream removes all normalisation at batch size 1, and the files
+    it saves then load nowhere; here that one case uses the running statistics.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.training and hidden_states.shape[0] * hidden_states.shape[2] * hidden_states.shape[3] == 1:
+            return F.batch_norm(
+                hidden_states, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        return super().forward(hidden_states)
+
+
+class BiRefNetDeformableConv(nn.Module):
+    """Deformable convolution v2 whose offsets and modulators are convolutions of its own input."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+        super().__init__()
+        padding = kernel_size // 2
+        self.offset_conv = nn.Conv2d(in_channels, 2 * kernel_size**2, kernel_size, padding=padding)
+        self.modulator_conv = nn.Conv2d(in_channels, kernel_size**2, kernel_size, padding=padding)
+        self.regular_conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        offset = self.offset_conv(hidden_states)
+        modulator = 2 * self.modulator_conv(hidden_states).sigmoid()
+        # Under autocast the convolutions above return half precision while the input may still be float32.
+        dtype = offset.dtype
+        return deform_conv2d(hidden_states.to(dtype), offset, modulator, self.regular_conv.weight.to(dtype))
+
+
+class BiRefNetConvNormReLU(nn.Module):
+    """A convolution of any kind, batch normalisation, ReLU."""
+
+    def __init__(self, conv: nn.Module, out_channels: int):
+        super().__init__()
+        self.conv = conv
+        self.norm = BiRefNetBatchNorm2d(out_channels)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.norm(self.conv(hidden_states)))
+
+
+class BiRefNetASPP(nn.Module):
+    """Attention block: parallel branches of growing reach, concatenated and projected (Chen et al., arXiv 1706.05587).
+
+    The branches are a pointwise one, deformable convolutions of growing kernel size or dilated 3×3 convolutions, and the
+    global average.
+    """
+
+    dilations = (6, 12, 18)
+
+    def __init__(self, config: BiRefNetConfig, in_channels: int, out_channels: int, deformable: bool):
+        super().__init__()
+        width = config.branch_channels
+        if deformable:
+            self.pointwise_branch = BiRefNetConvNormReLU(BiRefNetDeformableConv(in_channels, width, 1), width)
+            self.deformable_branches = nn.ModuleList(
+                BiRefNetConvNormReLU(BiRefNetDeformableConv(in_channels, width, kernel_size), width)
+                for kernel_size in config.deformable_kernel_sizes
+            )
+        else:
+            self.pointwise_branch = BiRefNetConvNormReLU(nn.Conv2d(in_channels, width, 1, bias=False), width)
+            self.dilated_branches = nn.ModuleList(
+                BiRefNetConvNormReLU(
+                    nn.Conv2d(in_channels, width, 3, padding=dilation, dilation=dilation, bias=False), width
+                )
+                for dilation in self.dilations
+            )
+        self.deformable = deformable
+        self.global_branch = BiRefNetConvNormReLU(nn.Conv2d(in_channels, width, 1, bias=False), width)
+        num_branches = 2 + len(self.wide_branches)
+        self.projection = BiRefNetConvNormReLU(
+            nn.Conv2d(num_branches * width, out_channels, 1, bias=False), out_channels
+        )
+        self.dropout = nn.Dropout(config.attention_block_dropout)
+
+    @property
+    def wide_branches(self) -> nn.ModuleList:
+        """The branches that see more than one pixel and less than the whole image."""
+        return self.deformable_branches if self.deformable else self.dilated_branches
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, in_channels, H, W) → (B, out_channels, H, W)."""
+        branches = [self.pointwise_branch(hidden_states)]
+        branches += [branch(hidden_states) for branch in self.wide_branches]
+        pooled = self.global_branch(hidden_states.mean(dim=(2, 3), keepdim=True))
+        branches.append(pooled.expand_as(branches[0]))  # resizing one pixel is repeating it
+        return self.dropout(self.projection(torch.cat(branches, dim=1)))
+
+
+class BiRefNetDecoderBlock(nn.Module):
+    """Convolution to a narrow inner width, attention block there, convolution to the output width."""
+
+    def __init__(self, config: BiRefNetConfig, in_channels: int, out_channels: int, residual: bool):
+        super().__init__()
+        inner_channels = in_channels // 4 if config.adaptive_inner_channels else config.inner_channels
+        self.conv_in = nn.Conv2d(in_channels, inner_channels, 3, padding=1)
+        self.norm_in = BiRefNetBatchNorm2d(inner_channels)
+        self.attention = (
+            nn.Identity()
+            if config.decoder_attention == "none"
+            else BiRefNetASPP(
+                config, inner_channels, inner_channels, deformable=config.decoder_attention == "aspp_deformable"
+            )
+        )
+        self.conv_out = nn.Conv2d(inner_channels, out_channels, 3, padding=1)
+        self.norm_out = BiRefNetBatchNorm2d(out_channels)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if residual else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, in_channels, H, W) → (B, out_channels, H, W)."""
+        output = F.relu(self.norm_in(self.conv_in(hidden_states)))
+        output = self.norm_out(self.conv_out(self.attention(output)))
+        return output if self.shortcut is None else output + self.shortcut(hidden_states)
+
+
+class BiRefNetInwardReference(nn.Module):
+    """Features of the image itself for one decoder level (paper section 3.3); two convolutions in a row, as released."""
+
+    def __init__(self, config: BiRefNetConfig, stride: int, out_channels: int):
+        super().__init__()
+        self.split = config.split_image_patches
+        self.patch_order = config.patch_order
+        in_channels = config.num_channels * (stride**2 if self.split else 1)
+        self.conv_in = nn.Conv2d(in_channels, config.image_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(config.image_channels, out_channels, 3, padding=1)
+
+    def forward(self, image: torch.Tensor, size: torch.Size) -> torch.Tensor:
+        """(B, 3, H, W) → (B, out_channels, *size)."""
+        patches = stack_patches(image, size, self.patch_order) if self.split else resize(image, size)
+        return self.conv_out(self.conv_in(patches))
+
+
+class BiRefNetOutwardReference(nn.Module):
+    """Attention to where the image has fine gradients within the object (paper section 3.3)."""
+
+    def __init__(self, config: BiRefNetConfig, in_channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, config.gradient_channels, 3, padding=1)
+        self.norm = BiRefNetBatchNorm2d(config.gradient_channels)
+        self.gradient_head = nn.Conv2d(config.gradient_channels, 1, 1)
+        self.attention_head = nn.Conv2d(config.gradient_channels, 1, 1)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, C, H, W) → the same, gated, and in training the gradient's logits (B, 1, H, W)."""
+        gradient_features = F.relu(self.norm(self.conv(hidden_states)))
+        gated = hidden_states * self.attention_head(gradient_features).sigmoid()
+        return gated, self.gradient_head(gradient_features) if self.training else None
+
+
+class BiRefNetDecoderLevel(nn.Module):
+    """One level of the reconstruction module, from 4 (coarsest) to 1."""
+
+    def __init__(self, config: BiRefNetConfig, level: int):
+        super().__init__()
+        channels = config.decoder_channels
+        image_out_channels = config.feature_channels[min(level, 3)] // 8
+        out_channels = channels[level - 2] if level > 1 else channels[0] // 2
+        in_channels = channels[level - 1] + (image_out_channels if config.inward_reference else 0)
+        is_inner = level > 1
+        self.lateral = nn.Conv2d(channels[level - 1], channels[level - 1], 1) if level < 4 else None
+        self.inward_reference = (
+            BiRefNetInwardReference(config, stride=2 ** (level + 1), out_channels=image_out_channels)
+            if config.inward_reference
+            else None
+        )
+        self.block = BiRefNetDecoderBlock(
+            config, in_channels, out_channels, residual=config.decoder_block == "residual"
+        )
+        self.side_head = nn.Conv2d(out_channels, 1, 1) if is_inner and config.multi_scale_supervision else None
+        self.outward_reference = (
+            BiRefNetOutwardReference(config, out_channels) if is_inner and config.outward_reference else None
+        )
+
+    def forward(
+        self, feature_map: torch.Tensor, coarser: torch.Tensor | None, image: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Refines what the coarser level gave with this level's features and pixels.
+
+        Args:
+            feature_map: (B, C, h, w), the encoder's.
+            coarser: Output of the level above at half this size, None at level 4.
+            image: (B, 3, H, W).
+
+        Returns:
+            Output (B, out_channels, h, w); in training the side output and the gradient, both (B, 1, h, w).
+        """
+        hidden_states = feature_map
+        if coarser is not None:
+            hidden_states = resize(coarser, feature_map.shape[-2:]) + self.lateral(feature_map)
+        if self.inward_reference is not None:
+            reference = self.inward_reference(image, feature_map.shape[-2:])
+            hidden_states = torch.cat((hidden_states, reference), dim=1)
+        hidden_states = self.block(hidden_states)
+        side_logits = self.side_head(hidden_states) if self.training and self.side_head is not None else None
+        gradient_logits = None
+        if self.outward_reference is not None:
+            hidden_states, gradient_logits = self.outward_reference(hidden_states)
+        return hidden_states, side_logits, gradient_logits
+
+
+class BiRefNetDecoder(nn.Module):
+    """Reconstruction module: four levels from coarse to fine, and the mask at full resolution."""
+
+    def __init__(self, config: BiRefNetConfig):
+        super().__init__()
+        self.neck = (
+            nn.ModuleList(
+                nn.Conv2d(in_channels, out_channels, 1)
+                for in_channels, out_channels in zip(config.feature_channels, config.decoder_channels, strict=True)
+            )
+            if config.uses_neck
+            else None
+        )
+        self.levels = nn.ModuleDict({str(level): BiRefNetDecoderLevel(config, level) for level in (4, 3, 2, 1)})
+        out_channels = config.decoder_channels[0] // 2
+        image_out_channels = config.feature_channels[0] // 8
+        self.inward_reference = (
+            BiRefNetInwardReference(config, stride=1, out_channels=image_out_channels)
+            if config.inward_reference
+            else None
+        )
+        self.mask_head = nn.Conv2d(out_channels + (image_out_channels if config.inward_reference else 0), 1, 1)
+
+    def forward(
+        self, feature_maps: list[torch.Tensor], image: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Reconstructs the mask.
+
+        Args:
+            feature_maps: Four maps, fine to coarse, the last one squeezed.
+            image: (B, 3, H, W).
+
+        Returns:
+            Logits (B, 1, H, W); in training side logits and gradient logits of the levels 4, 3, 2, else empty tuples;
+            the outputs of all levels, coarse to fine.
+        """
+        if self.neck is not None:
+            height, width = image.shape[-2:]
+            feature_maps = [
+                project(resize(feature_map, (height // stride, width // stride)))
+                for project, feature_map, stride in zip(self.neck, feature_maps, (4, 8, 16, 32), strict=True)
+            ]
+        hidden_states = None
+        outputs, side_logits, gradient_logits = [], [], []
+        for level, feature_map in zip(self.levels.values(), reversed(feature_maps), strict=True):
+            hidden_states, side, gradient = level(feature_map, hidden_states, image)
+            outputs.append(hidden_states)
+            side_logits.append(side)
+            gradient_logits.append(gradient)
+        present = tuple(tuple(x for x in maps if x is not None) for maps in (side_logits, gradient_logits))
+        return self.predict_mask(hidden_states, image), *present, tuple(outputs)
+
+    def predict_mask(self, hidden_states: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """Logits (B, 1, H, W) from the last level's output (B, C, H/4, W/4) and the image.
+
+        The reference resizes the map to full size, concatenates the image's features and applies a 1×1 convolution. That
+        convolution commutes with the resizing and with the image branch's last convolution, so that here only one
+        channel is resized and one is computed: the same numbers without the full-size maps of C channels.
+        """
+        weight, bias = self.mask_head.weight, self.mask_head.bias
+        channels = hidden_states.shape[1]
+        logits = resize(F.conv2d(hidden_states, weight[:, :channels].to(hidden_states.dtype)), image.shape[-2:])
+        if self.inward_reference is None:
+            return logits + bias[:, None, None]
+        conv_out = self.inward_reference.conv_out
+        image_weight = weight[0, channels:, 0, 0]  # (image_out_channels,)
+        folded_weight = torch.einsum("o,oikl->ikl", image_weight, conv_out.weight)[None]
+        folded_bias = bias + (image_weight * conv_out.bias).sum()
+        image_features = self.inward_reference.conv_in(image)
+        return logits + F.conv2d(image_features, folded_weight, folded_bias, padding=1)
+
+
+@auto_docstring
+class BiRefNetPreTrainedModel(PreTrainedModel):
+    config: BiRefNetConfig
+    base_model_prefix = "birefnet"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    # The batch is divided by the accumulation steps outside: the loss takes no num_items_in_batch.
+    accepts_loss_kwargs = False
+    _no_split_modules = ["BiRefNetSwinBlock", "BiRefNetDecoderLevel"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected = [IGNORED_TENSORS.pattern]
+    _can_record_outputs = {"attentions": OutputRecorder(BiRefNetSwinAttention, index=1)}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initial values: Swin's own for its linear layers and tables, PyTorch's for convolutions, as upstream."""
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            module.reset_parameters()
+        elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            if isinstance(module, nn.BatchNorm2d):
+                init.zeros_(module.running_mean)
+                init.ones_(module.running_var)
+                init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, BiRefNetSwinAttention):
+            init.trunc_normal_(module.relative_position_bias_table, std=self.config.initializer_range)
+            init.copy_(module.relative_position_index, relative_position_index(module.window_size))
+        elif isinstance(module, BiRefNetDeformableConv):
+            # Starts as a plain convolution: no displacement, all taps weighted 2 * sigmoid(0) = 1.
+            for conv in (module.offset_conv, module.modulator_conv):
+                init.zeros_(conv.weight)
+                init.zeros_(conv.bias)
+        elif hasattr(module, "init_non_persistent_buffers"):
+            module.init_non_persistent_buffers()  # timm's rotary tables, which no file holds
+
+
+@auto_docstring(
+    custom_intro="""
+    BiRefNet: soft or binary foreground masks at high resolution. One model for background removal, dichotomous and
+    salient object segmentation, and matting; which one depends on the checkpoint.
+    """
+)
+class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
+    def __init__(self, config: BiRefNetConfig):
+        super().__init__(config)
+        channels = config.feature_channels
+        self.backbone = BiRefNetSwinBackbone(config) if config.is_swin else build_timm_backbone(config)
+        squeeze_in_channels = channels[3] + sum(channels[3 - config.context_levels : 3])
+        self.squeeze_module = nn.Sequential(
+            *(self._squeeze_block(squeeze_in_channels) for _ in range(config.num_squeeze_blocks))
+            if config.squeeze_block != "none"
+            else ()
+        )
+        self.decoder = BiRefNetDecoder(config)
+        self.class_head = (
+            nn.Linear(channels[3], config.num_auxiliary_classes) if config.num_auxiliary_classes else None
+        )
+        self.criterion = BiRefNetLoss(config.loss_task)
+        self.post_init()
+        if config.freeze_backbone:
+            self.backbone.requires_grad_(False)
+
+    def _squeeze_block(self, in_channels: int) -> nn.Module:
+        kind, out_channels = self.config.squeeze_block, self.config.feature_channels[3]
+        if kind in ("basic", "residual"):
+            return BiRefNetDecoderBlock(self.config, in_channels, out_channels, residual=kind == "residual")
+        return BiRefNetASPP(self.config, in_channels, out_channels, deformable=kind == "aspp_deformable")
+
+    def encode(self, image: torch.Tensor, **kwargs) -> list[torch.Tensor]:
+        """Four maps (B, C_i, H/4.., W/4..), fine to coarse: the backbone's at full and, fused, at half size."""
+        feature_maps = self.backbone(image, **kwargs)
+        if self.config.multi_scale_input == "none":
+            return feature_maps
+        half_image = resize(image, (image.shape[-2] // 2, image.shape[-1] // 2))
+        half_maps = self.backbone(half_image, **kwargs)
+        half_maps = [
+            resize(half_map, feature_map.shape[-2:])
+            for half_map, feature_map in zip(half_maps, feature_maps, strict=True)
+        ]
+        if self.config.multi_scale_input == "add":
+            return [full + half for full, half in zip(feature_maps, half_maps, strict=True)]
+        return [torch.cat(pair, dim=1) for pair in zip(feature_maps, half_maps, strict=True)]
+
+    def squeeze(self, feature_maps: list[torch.Tensor]) -> torch.Tensor:
+        """The coarsest map (B, C4, H/32, W/32), seen together with the finer ones' context."""
+        coarsest = feature_maps[3]
+        context = feature_maps[3 - self.config.context_levels : 3]
+        context = [resize(feature_map, coarsest.shape[-2:]) for feature_map in context]
+        return self.squeeze_module(torch.cat((*context, coarsest), dim=1))
+
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BiRefNetImageSegmentationOutput:
+        r"""
+        pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
+            Images as the processor gives them (ImageNet-normalised). Another dtype than the weights' is cast. Any size:
+            where a side is no multiple of 32, the last row or column is repeated up to the next multiple, and the logits
+            are cut back to `(height, width)`.
+        labels (`torch.Tensor` of shape `(batch_size, 1, height, width)` or `(batch_size, height, width)`, *optional*):
+            Masks in [0, 1], soft or binary, of any size; `loss` is returned.
+        class_labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Classes for the auxiliary classification head.
+        output_hidden_states (`bool`, *optional*):
+            Whether to return the feature maps of encoder and decoder.
+
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from PIL import Image
+        >>> from birefnet_hf import BiRefNetForImageSegmentation, BiRefNetImageProcessor
+
+        >>> processor = BiRefNetImageProcessor.from_pretrained("ZhengPeng7/BiRefNet")
+        >>> model = BiRefNetForImageSegmentation.from_pretrained("ZhengPeng7/BiRefNet", dtype=torch.float32)
+        >>> image = Image.open("photo.jpg").convert("RGB")
+        >>> inputs = processor(image, return_tensors="pt")
+        >>> with torch.inference_mode():
+        ...     outputs = model(**inputs)
+        >>> alpha = processor.post_process_alpha(outputs, target_sizes=[image.size[::-1]])[0]  # (height, width)
+        ```"""
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; BiRefNet takes (batch_size, 3, height, width)."
+            )
+        height, width = pixel_values.shape[-2:]
+        image = pad_to_divisor(pixel_values.to(self.dtype))
+
+        feature_maps = self.encode(image, **kwargs)
+        squeezed = self.squeeze(feature_maps)
+        logits, side_logits, gradient_logits, level_outputs = self.decoder([*feature_maps[:3], squeezed], image)
+
+        class_logits, gradient_targets = None, ()
+        if self.training:
+            if self.class_head is not None:
+                class_logits = self.class_head(feature_maps[3].mean(dim=(2, 3)))
+            if gradient_logits:
+                laplacian = image_laplacian(image)
+                gradient_targets = tuple(laplacian * resize(side, image.shape[-2:]) for side in side_logits)
+
+        loss, loss_terms = None, None
+        if labels is not None:
+            labels = labels[:, None] if labels.dim() == 3 else labels
+            if labels.shape[-2:] == (height, width):
+                labels = pad_to_divisor(labels)
+            loss, loss_terms = self.criterion(
+                [*side_logits, logits],
+                labels,
+                gradient_logits=gradient_logits,
+                gradient_targets=gradient_targets,
+                class_logits=class_logits,
+                class_labels=class_labels,
+            )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        return BiRefNetImageSegmentationOutput(
+            loss=loss,
+            logits=logits[..., :height, :width],
+            side_logits=side_logits or None,
+            gradient_logits=gradient_logits or None,
+            gradient_targets=gradient_targets or None,
+            class_logits=class_logits,
+            loss_terms=loss_terms,
+            hidden_states=(*feature_maps, squeezed, *level_outputs) if output_hidden_states else None,
+        )
+
+
+__all__ = ["BiRefNetForImageSegmentation", "BiRefNetImageSegmentationOutput", "BiRefNetPreTrainedModel"]
