@@ -56,8 +56,9 @@ SWIN_VARIANTS = {
 def _build_name_table() -> list[tuple[str, str]]:
     """Pairs of regular expressions (released name, name in this package), applied one after the other.
 
-    Every rule is reversible: saving applies them backwards, from last to first. No two backbones may share a target
-    with different sources, since the rules do not know which backbone a file has.
+    Every rule is reversible: saving applies them backwards, from last to first. Hence the general rules stand before
+    those that refine their result, and no two backbones share a target with different sources, since the rules do not
+    know which backbone a file has.
     """
     table = [(r"^bb\.", r"^backbone\.")]
     # ResNet and VGG: conv1..4 are the stages.
@@ -72,13 +73,13 @@ def _build_name_table() -> list[tuple[str, str]]:
         (r"\.aspp1\.", r"\.pointwise_branch\."),
         (r"\.aspp_deforms\.", r"\.deformable_branches\."),
         *((rf"\.aspp{i}\.", rf"\.dilated_branches\.{i - 2}\.") for i in range(2, 5)),
-        (r"\.atrous_conv\.", r"\.conv\."),
-        (r"\.bn\.", r"\.norm\."),
+        (r"(_branch|_branches\.\d+)\.atrous_conv\.", r"\1\.conv\."),
+        (r"(_branch|_branches\.\d+)\.bn\.", r"\1\.norm\."),
         (r"\.global_avg_pool\.1\.", r"\.global_branch\.conv\."),
         (r"\.global_avg_pool\.2\.", r"\.global_branch\.norm\."),
-        (r"\.dec_att\.conv1\.", r"\.attention\.projection\.conv\."),
-        (r"\.dec_att\.bn1\.", r"\.attention\.projection\.norm\."),
         (r"\.dec_att\.", r"\.attention\."),
+        (r"\.attention\.conv1\.", r"\.attention\.projection\.conv\."),
+        (r"\.attention\.bn1\.", r"\.attention\.projection\.norm\."),
         (r"^(squeeze_module\.\d+)\.conv1\.", r"^\1\.projection\.conv\."),
         (r"^(squeeze_module\.\d+)\.bn1\.", r"^\1\.projection\.norm\."),
     ]
@@ -89,8 +90,8 @@ def _build_name_table() -> list[tuple[str, str]]:
     for level in (4, 3, 2, 1):
         here = rf"^decoder\.levels\.{level}\."
         table += [
-            (rf"^decoder\.ipt_blk{level + 1}\.conv1\.", rf"{here}inward_reference\.conv_in\."),
             (rf"^decoder\.ipt_blk{level + 1}\.", rf"{here}inward_reference\."),
+            (rf"{here}inward_reference\.conv1\.", rf"{here}inward_reference\.conv_in\."),
             (rf"^decoder\.decoder_block{level}\.", rf"{here}block\."),
             (rf"^decoder\.lateral_block{level + 1}\.conv\.", rf"{here}lateral\."),
             (rf"^decoder\.conv_ms_spvn_{level}\.", rf"{here}side_head\."),
@@ -100,8 +101,8 @@ def _build_name_table() -> list[tuple[str, str]]:
             (rf"^decoder\.gdt_convs_attn_{level}\.0\.", rf"{here}outward_reference\.attention_head\."),
         ]
     table += [
-        (r"^decoder\.ipt_blk1\.conv1\.", r"^decoder\.inward_reference\.conv_in\."),
         (r"^decoder\.ipt_blk1\.", r"^decoder\.inward_reference\."),
+        (r"^decoder\.inward_reference\.conv1\.", r"^decoder\.inward_reference\.conv_in\."),
         (r"^decoder\.conv_out1\.0\.", r"^decoder\.mask_head\."),
     ]
     table += [(rf"^decoder\.pyramid_neck_x{i}\.conv\.", rf"^decoder\.neck\.{i - 1}\.") for i in range(1, 5)]

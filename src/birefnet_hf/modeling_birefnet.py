@@ -398,6 +398,7 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected = [IGNORED_TENSORS.pattern]
+    _keys_to_ignore_on_load_missing = [r"num_batches_tracked$"]
     _can_record_outputs = {"attentions": OutputRecorder(BiRefNetSwinAttention, index=1)}
 
     @torch.no_grad()
@@ -426,6 +427,41 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
                 init.zeros_(conv.bias)
         elif hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()  # timm's rotary tables, which no file holds
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *model_args,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs,
+    ):
+        """As the library's, for saved directories and for released ones, whose architecture follows from their tensors.
+
+        Settings of [`BiRefNetConfig`] can be given as keyword arguments, e.g. `patch_order="wg_hg_c"`.
+
+        Raises:
+            ValueError: tensors that the network needs are missing from the file. The library would fill them with random
+                numbers and warn; give `ignore_mismatched_sizes=True` if that is meant, e.g. to train a new head.
+        """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *model_args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+            **kwargs,
+        )
+        missing = sorted(info["missing_keys"])
+        if missing and not ignore_mismatched_sizes and kwargs.get("state_dict") is None:
+            unexpected = sorted(info["unexpected_keys"])
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of this network, e.g. {missing[:3]}"
+                + (f", and has {len(unexpected)} that it does not know, e.g. {unexpected[:3]}" if unexpected else "")
+                + ". The file is damaged or belongs to another architecture. Pass ignore_mismatched_sizes=True to start "
+                "those parts from their initial values."
+            )
+        return (model, info) if output_loading_info else model
 
 
 @auto_docstring(
