@@ -1,0 +1,170 @@
+"""Turns a released or self-trained BiRefNet file into a directory that every Transformers call loads.
+
+    python scripts/convert_checkpoint.py epoch_244.pth birefnet-general
+    python scripts/convert_checkpoint.py path/to/BiRefNet_lite birefnet-lite --verify
+    python scripts/convert_checkpoint.py old.pth old --patch-order wg_hg_c --size 1024 1024
+
+INPUT is a .pth or .safetensors file of upstream's layout (training prefixes `module.` and `_orig_mod.` are removed) or
+a directory with one. The architecture is inferred from the tensors. OUTPUT_DIR gets weights under the released names,
+so that other BiRefNet tools keep loading them, config.json and preprocessor_config.json.
+"""
+
+import argparse
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForImageSegmentation
+
+from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
+from birefnet_hf.checkpoints_birefnet import get_checkpoint
+from birefnet_hf.conversion_birefnet import IGNORED_TENSORS, infer_architecture, load_state_dict_file
+
+
+logger = logging.getLogger("convert_checkpoint")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="convert_checkpoint.py"
+    )
+    parser.add_argument("input", type=Path, help=".pth, .pt, .bin or .safetensors file, or a directory with one")
+    parser.add_argument("output_dir", type=Path, help="directory to create; must not exist or be empty")
+    parser.add_argument("--patch-order", choices=["c_hg_wg", "wg_hg_c"], default="c_hg_wg", help="see the README")
+    parser.add_argument(
+        "--multi-scale-input", choices=["none", "add", "cat"], help="tell 'add' from 'none', whose tensors are the same"
+    )
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="input size; known names have theirs, else 1024²"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="also compare the logits of a test picture before and after"
+    )
+    return parser.parse_args(argv)
+
+
+def find_weights(path: Path) -> Path:
+    """The weights file that `path` is or holds.
+
+    Raises:
+        FileNotFoundError: there is none, or more than one.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} does not exist.")
+    candidates = [path / "model.safetensors"]
+    if not candidates[0].is_file():
+        candidates = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".pth", ".pt", ".bin"))
+    if len(candidates) != 1:
+        raise FileNotFoundError(
+            f"{path} holds {len(candidates)} weights files; name the one to convert: "
+            f"{[file.name for file in candidates]}."
+        )
+    return candidates[0]
+
+
+def build(
+    state_dict: dict[str, torch.Tensor], source: str, overrides: dict[str, object]
+) -> BiRefNetForImageSegmentation:
+    """The network for these tensors, every one of them used.
+
+    Raises:
+        ValueError: the tensors belong to another architecture, or some are missing, left over or of the wrong shape.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
+    config = BiRefNetConfig(**infer_architecture(shapes, source) | overrides)
+    model, info = BiRefNetForImageSegmentation.from_pretrained(
+        None, config=config, state_dict=state_dict, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[problem]:
+            names = sorted(str(name) for name in info[problem])
+            raise ValueError(f"{source}: {len(names)} {problem.replace('_', ' ')}, e.g. {names[:5]}.")
+    return model.eval()
+
+
+def check_saved(folder: Path, state_dict: dict[str, torch.Tensor], model: torch.nn.Module, verify: bool) -> None:
+    """Loads the directory by the Auto classes and compares it with what it was made from.
+
+    Raises:
+        RuntimeError: a tensor, or with `verify` a logit, differs.
+    """
+    saved = load_file(folder / "model.safetensors")
+    expected = {name: tensor for name, tensor in state_dict.items() if not IGNORED_TENSORS.search(name)}
+    for name, tensor in expected.items():
+        if name not in saved or not torch.equal(saved[name], tensor):
+            raise RuntimeError(f"{name} was not saved as it was read.")
+    loaded = AutoModelForImageSegmentation.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    logger.info("Load check: %d tensors bit-equal, loaded by the Auto classes.", len(expected))
+    if verify:
+        generator = torch.Generator().manual_seed(0)
+        picture = torch.randint(0, 256, (3, 96, 128), generator=generator, dtype=torch.uint8)
+        picture = torch.nn.functional.interpolate(picture[None].float(), size=(480, 640), mode="bicubic")
+        inputs = processor(picture[0].clamp(0, 255).to(torch.uint8), return_tensors="pt")
+        with torch.inference_mode():
+            before = model.float()(**inputs).logits
+            after = loaded.float()(**inputs).logits
+        difference = (before - after).abs().max().item()
+        if not difference <= 1e-5:  # the same sums may be taken in another order; NaN fails as well
+            raise RuntimeError(f"Logits before and after differ by up to {difference:.3g}.")
+        logger.info("Verified: logits %s within %.1g, %.3f to %.3f.", tuple(after.shape), difference, *after.aminmax())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    output_dir: Path = arguments.output_dir
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        logger.error("%s exists and is not empty; choose another OUTPUT_DIR.", output_dir)
+        return 2
+    try:
+        weights = find_weights(arguments.input)
+        state_dict = load_state_dict_file(weights)
+        checkpoint = get_checkpoint(str(arguments.input))
+        size = tuple(arguments.size) if arguments.size else checkpoint.size if checkpoint else None
+        overrides: dict[str, object] = {"patch_order": arguments.patch_order}
+        if size is not None:
+            overrides["image_size"] = size
+        if arguments.multi_scale_input is not None:
+            overrides["multi_scale_input"] = arguments.multi_scale_input
+        model = build(state_dict, str(weights), overrides)
+    except (OSError, ValueError) as error:
+        logger.error("%s", error)
+        return 1
+    if size is not None:
+        processor = BiRefNetImageProcessor(size={"height": size[0], "width": size[1]})
+    elif checkpoint is not None:
+        processor = BiRefNetImageProcessor(size=checkpoint.processor_size)
+    else:
+        processor = BiRefNetImageProcessor()
+    logger.info(
+        "%s: %s, %.1f million parameters, %s, input %s.",
+        weights.name,
+        model.config.backbone,
+        model.num_parameters() / 1e6,
+        str(model.dtype).removeprefix("torch."),
+        dict(processor.size),
+    )
+    # Nothing appears under OUTPUT_DIR until it is complete and checked.
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as staging:
+        folder = Path(staging) / "model"
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        check_saved(folder, state_dict, model, arguments.verify)
+        if output_dir.exists():
+            output_dir.rmdir()
+        shutil.move(folder, output_dir)
+    logger.info("Saved to %s.", output_dir)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""Saves model, processor and their code, for people who load with `trust_remote_code=True` and without this package.
+
+    python scripts/export_remote_code.py path/to/model exported
+    python scripts/export_remote_code.py ZhengPeng7/BiRefNet exported --push-to-hub my-name/birefnet
+
+MODEL is a Hub id, a released directory or one that `save_pretrained` wrote. The result needs torch, torchvision and
+transformers, and timm where the backbone is timm's.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
+
+
+logger = logging.getLogger("export_remote_code")
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="export_remote_code.py"
+    )
+    parser.add_argument("model", help="Hub id or directory")
+    parser.add_argument("output_dir", type=Path, help="directory to create; must not exist or be empty")
+    parser.add_argument("--patch-order", choices=["c_hg_wg", "wg_hg_c"], help="override the model's, see the README")
+    parser.add_argument("--push-to-hub", metavar="REPO_ID", help="also upload it, e.g. my-name/birefnet")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    output_dir: Path = arguments.output_dir
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        logger.error("%s exists and is not empty; choose another OUTPUT_DIR.", output_dir)
+        return 2
+    overrides = {"patch_order": arguments.patch_order} if arguments.patch_order else {}
+    try:
+        model = BiRefNetForImageSegmentation.from_pretrained(arguments.model, **overrides)
+        processor = BiRefNetImageProcessor.from_pretrained(arguments.model)
+    except (OSError, ValueError) as error:
+        logger.error("%s", error)
+        return 1
+    # From here on every save of these classes in this process copies code: hence a script, not a part of the package.
+    BiRefNetConfig.register_for_auto_class()
+    BiRefNetForImageSegmentation.register_for_auto_class("AutoModelForImageSegmentation")
+    BiRefNetImageProcessor.register_for_auto_class()
+    model.save_pretrained(output_dir)
+    processor.save_pretrained(output_dir)
+    logger.info("Saved %s with %d code files.", output_dir, len(list(output_dir.glob("*.py"))))
+    if arguments.push_to_hub:
+        model.push_to_hub(arguments.push_to_hub)
+        processor.push_to_hub(arguments.push_to_hub)
+        logger.info("Pushed to %s.", arguments.push_to_hub)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
