@@ -116,7 +116,10 @@ def test_backbone(name):
                     checked += 1
             for index, feature_map in enumerate(outputs["backbone"]):
                 if (key := f"backbone.{height}x{width}.{index}") in expected and patch_order == "c_hg_wg":
-                    assert_relative(feature_map[:, :8], expected[key])
+                    if expected[key].dim() == 3:  # of ResNet and VGG the last map alone is stored, of the first image
+                        assert_relative(outputs["backbone"][-1][0], expected[key])
+                    else:
+                        assert_relative(feature_map[:, :8], expected[key])
                     checked += 1
     assert checked == len(expected)
 
