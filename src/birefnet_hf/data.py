@@ -1,0 +1,981 @@
+"""Training data: pairs of image and mask from any usual source, checked, augmented and batched reproducibly.
+
+    pairs = load_pairs("DIS5K", subsets=["DIS-TR"])
+    dataset = TrainingDataset(pairs, image_processor, build_augmentation("default"), seed=0)
+    batches = TrainingBatchSampler(len(dataset), batch_size=8, seed=0)
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=4)
+
+Exact resume rests on one rule: what happens to a sample depends on (seed, epoch, index of the sample) only, and the size
+and members of a batch on (seed, epoch, number of the batch) only. Both travel to the workers inside the index
+(`SampleKey`), so neither the number of workers, nor their state, nor the global random numbers matter.
+"""
+
+import contextlib
+import dataclasses
+import io
+import logging
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import datasets
+import fsspec
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from torch import nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional
+from tqdm.auto import tqdm
+
+from .image_loading import ImageLoadError, load_image
+from .synthesis import Compositor, list_images
+
+
+logger = logging.getLogger(__name__)
+
+_IMAGE_FOLDERS = ("im", "image", "images", "img", "imgs")
+_MASK_FOLDERS = ("gt", "gts", "mask", "masks", "alpha", "alphas", "label", "labels")
+_IMAGE_COLUMNS = ("image", "img", "im", "images", "picture", "photo", "input", "input_image", "pixel_values", "cutout")
+_MASK_COLUMNS = (
+    "mask",
+    "gt",
+    "alpha",
+    "matte",
+    "label",
+    "labels",
+    "masks",
+    "segmentation",
+    "segmentation_mask",
+    "annotation",
+    "ground_truth",
+    "conditioning_image",
+)
+_METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+
+# What a complete file of the format has near its end. Where it is missing the file is decoded to find out.
+_END_MARKERS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}
+_NAMES_SHOWN = 20
+
+# What Pillow's decoders raise for broken files.
+_UNREADABLE = (ImageLoadError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+class BadSample(NamedTuple):
+    """A sample that cannot be trained on: its name, and what is the matter with it."""
+
+    name: str
+    reason: str
+
+
+class BadDataError(ValueError):
+    """Some samples cannot be used. `samples` lists all of them, the message names the first."""
+
+    def __init__(self, samples: Sequence[BadSample]) -> None:
+        self.samples = tuple(samples)
+        super().__init__(_describe(samples) + '\nRepair or remove them, or pass on_bad="skip" to leave them out.')
+
+
+def _describe(samples: Sequence[BadSample]) -> str:
+    lines = [f"{len(samples)} sample(s) cannot be used:"]
+    lines += [f"  {sample.name}: {sample.reason}" for sample in samples[:_NAMES_SHOWN]]
+    if len(samples) > _NAMES_SHOWN:
+        lines.append(f"  … and {len(samples) - _NAMES_SHOWN} more")
+    return "\n".join(lines)
+
+
+def load_mask(source: str | Path | bytes | Image.Image) -> Image.Image:
+    """Reads a foreground mask from any of the forms in which masks are stored.
+
+    The value range is told from the largest value, 1, 255 or 65535, so that masks of 0 and 1 and those of 16 bits are
+    read as what they mean. Colours count by their luminance. Of a palette that is not grey, index 0 is background and
+    all else foreground (class maps). Where a mask has an alpha channel that is not opaque throughout, that is the mask.
+
+    Args:
+        source: path, contents of a file, or PIL image.
+
+    Returns:
+        PIL image of mode L, 0 (background) to 255 (foreground), upright by its EXIF orientation.
+
+    Raises:
+        ImageLoadError: there is no readable image, or its values are not those of a mask.
+    """
+    image = _open(source)
+    if image.mode == "P" and "transparency" not in image.info:
+        levels = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)[np.asarray(image)]
+        grey = (levels == levels[..., :1]).all()
+        image = Image.fromarray(levels[..., 0] if grey else np.where(np.asarray(image), 255, 0).astype(np.uint8))
+    elif image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        alpha = rgba.getchannel("A")
+        image = alpha if alpha.getextrema()[0] < 255 else rgba.convert("RGB")
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        image = image.convert("L")
+    if image.mode == "L" and image.getextrema()[1] > 1:
+        return image
+    values = np.asarray(image)
+    largest = float(values.max())
+    scale = next((limit for limit in (1, 255, 65535) if largest <= limit), None)
+    if scale is None or not values.min() >= 0:
+        raise ImageLoadError(f"Mask values from {values.min()} to {largest}: expected 0 to 1, 255 or 65535.")
+    return Image.fromarray(np.rint(values * (255.0 / scale)).astype(np.uint8))
+
+
+def _open(source: str | Path | bytes | Image.Image) -> Image.Image:
+    """A decoded PIL image in the mode of the file, upright."""
+    try:
+        if isinstance(source, Image.Image):
+            return ImageOps.exif_transpose(source)
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
+            image = Image.open(stream)
+            image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
+    except _UNREADABLE as error:
+        raise ImageLoadError(_explain(error)) from error
+
+
+def _explain(error: BaseException) -> str:
+    # Pillow's own message shows the file object, not the file.
+    return "no image, or of an unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
+def _contents(value: Mapping[str, Any]) -> str | bytes:
+    """What an undecoded `datasets.Image` holds: the path of a local file, or the bytes of any other."""
+    if value["bytes"] is not None:
+        return value["bytes"]
+    if "://" not in value["path"]:
+        return value["path"]
+    with fsspec.open(value["path"], "rb") as stream:  # streamed from the Hub
+        return stream.read()
+
+
+def _name(value: Mapping[str, Any]) -> str:
+    """Identifies a sample independently of where in the data it stands."""
+    return value["path"] or f"{zlib.crc32(value['bytes']):08x}"
+
+
+@contextlib.contextmanager
+def _naming(value: Mapping[str, Any]) -> Iterator[None]:
+    """Puts the name of the sample into what is raised while it is read."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise ImageLoadError(f'{_name(value)}: {_explain(error)} (check="full" finds all such files)') from error
+
+
+def _read_pair(row: Mapping[str, Any]) -> tuple[Image.Image, Image.Image]:
+    """An RGB image and its L mask, of one size."""
+    image, mask = load_image(_contents(row["image"])), load_mask(_contents(row["mask"]))
+    if image.size != mask.size:
+        raise ImageLoadError(_different_sizes(image.size, mask.size))
+    return image, mask
+
+
+def _read_cutout(row: Mapping[str, Any]) -> Image.Image:
+    """An RGBA image: the file itself, or an image with its mask as alpha."""
+    if "mask" not in row:
+        return _open(_contents(row["image"])).convert("RGBA")
+    image, mask = _read_pair(row)
+    image.putalpha(mask)
+    return image
+
+
+def _different_sizes(image: tuple[int, int], mask: tuple[int, int]) -> str:
+    return f"the image is {image[0]}×{image[1]} (width×height) but the mask is {mask[0]}×{mask[1]}"
+
+
+def _inspect(source: str | bytes, full: bool) -> tuple[int, int]:
+    """(width, height) of an image as displayed, from its header; raises one of `_UNREADABLE`.
+
+    Without `full` the pixels are decoded only where the end of the file is not what it should be: that finds every
+    truncated JPEG and PNG, but no flipped bits.
+    """
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
+        image = Image.open(stream)
+        width, height = image.size
+        if image.format == "PNG" and "exif" not in image.info:
+            orientation = 1  # asking for it would decode the image
+        else:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        marker = _END_MARKERS.get(image.format)
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - 64))
+        complete = marker is not None and marker in stream.read()
+    if full or not complete:
+        load_image(source)
+    return (height, width) if orientation >= 5 else (width, height)
+
+
+def _problem(row: Mapping[str, Any], full: bool) -> str | None:
+    """Why a sample cannot be trained on; None where it can."""
+    for column, value in row.items():
+        if value is None:
+            return f"there is no {column}"
+    if "mask" not in row:
+        try:
+            darkest, brightest = _read_cutout(row).getchannel("A").getextrema()
+        except _UNREADABLE as error:
+            return f"the image cannot be read ({_explain(error)})"
+        if brightest == 0:
+            return "the cut-out is fully transparent"
+        return "the image has no transparency, so it is not a cut-out" if darkest == 255 else None
+    try:
+        size = _inspect(_contents(row["image"]), full)
+    except _UNREADABLE as error:
+        return f"the image cannot be read ({_explain(error)})"
+    try:
+        mask = load_mask(_contents(row["mask"]))
+    except _UNREADABLE as error:
+        return f"the mask cannot be read ({_explain(error)})"
+    if mask.size != size:
+        return _different_sizes(size, mask.size)
+    return None if mask.getbbox() else "the mask is empty"
+
+
+def _check(rows: datasets.Dataset, full: bool) -> tuple[list[int], list[BadSample]]:
+    """Indices of the good samples, and the bad ones."""
+
+    def check(index: int) -> tuple[str, str | None]:
+        row = rows[index]
+        file = row["image"] or {"path": None, "bytes": b""}
+        is_own_file = file["bytes"] is None
+        name = file["path"] if is_own_file else f"row {index}" + (f" ({file['path']})" if file["path"] else "")
+        return name, _problem(row, full)
+
+    good, bad = [], []
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = pool.map(check, range(len(rows)))
+        for index, (name, reason) in enumerate(
+            tqdm(results, total=len(rows), desc="checking samples", unit="sample", disable=None)
+        ):
+            if reason is None:
+                good.append(index)
+            else:
+                bad.append(BadSample(name, reason))
+    return good, bad
+
+
+def _settle(bad: Sequence[BadSample], on_bad: Literal["stop", "skip"]) -> None:
+    if bad and on_bad == "stop":
+        raise BadDataError(bad)
+    if bad:
+        logger.warning("Skipped: %s", _describe(bad))
+
+
+def load_pairs(
+    source: str | Path | datasets.Dataset | datasets.IterableDataset | Mapping[str, Any],
+    masks: str | Path | None = None,
+    *,
+    subsets: Sequence[str] | None = None,
+    split: str = "train",
+    image_column: str | None = None,
+    mask_column: str | None = None,
+    compositor: Compositor | None = None,
+    streaming: bool = False,
+    check: Literal["fast", "full", "off"] = "fast",
+    on_bad: Literal["stop", "skip"] = "stop",
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Makes a dataset of images and masks from what the user has.
+
+    Args:
+        source: one of
+            - a folder of images, with `masks` a folder of masks: files of the same stem are a pair;
+            - a folder with `im` and `gt` (or images/masks and the like) in it, or one with several such folders in it,
+              chosen and joined by `subsets`, as DIS5K is laid out;
+            - a folder with `metadata.csv`, `.jsonl` or `.parquet` ("imagefolder": `file_name`, `mask_file_name`);
+            - a folder written by `datasets`' save_to_disk, or one with its data files;
+            - an id on the Hugging Face Hub;
+            - a dataset, or a mapping of splits, of the `datasets` library;
+            - with `compositor`, also a folder of RGBA cut-outs, or a column of such.
+        masks: folder of masks, where `source` is a folder of images.
+        subsets: names of the folders to join. May be left out where there is only one.
+        split: split of a Hub dataset or imagefolder.
+        image_column, mask_column: names of the columns; guessed from their names when left out.
+        compositor: makes a new picture at each access, from the cut-outs (RGBA images, or images with their masks as
+            alpha) over its backgrounds. Its randomness is torch's global one, which `TrainingDataset` seeds.
+        streaming: return a stream. One from the Hub is checked as it is read instead of at the start.
+        check: "fast" reads the headers and ends of images and decodes masks; "full" decodes images, too, which also
+            finds damage in the middle of a file; "off" believes that all is well.
+        on_bad: "stop" raises `BadDataError` that lists all bad samples, "skip" leaves them out and logs a warning. Bad
+            are: image or mask missing, unreadable or of another size than its partner; two files of one stem; an empty
+            mask.
+
+    Returns:
+        A dataset whose rows are {"image": RGB PIL image, "mask": L PIL image, 255 foreground, "name": str}.
+
+    Raises:
+        BadDataError: bad samples, with `on_bad="stop"`.
+        FileNotFoundError: a folder does not exist.
+        ValueError: there is no usable sample, or it is not clear which folders or columns are meant.
+    """
+    if compositor is not None and streaming:
+        raise ValueError("Composites need cut-outs in random order: they cannot be streamed, pass streaming=False.")
+    rows, bad = _find(source, masks, subsets, split, streaming, compositor is not None)
+    rows = _choose_columns(rows, image_column, mask_column, needs_mask=compositor is None)
+    if isinstance(rows, datasets.IterableDataset):
+        return _decoded_stream(rows, on_bad, check)
+    if check != "off":
+        good, unreadable = _check(rows, full=check == "full")
+        bad = bad + unreadable
+        if unreadable:
+            rows = rows.select(good)
+        if compositor is not None:
+            bad_photos = _check_photos(compositor.photos)
+            bad = bad + bad_photos
+            if bad_photos:
+                names = {sample.name for sample in bad_photos}
+                good_photos = [photo for photo in compositor.photos if str(photo) not in names]
+                compositor = dataclasses.replace(compositor, backgrounds=good_photos)
+    _settle(bad, on_bad)
+    if len(rows) == 0:
+        raise ValueError(f"No usable sample in {source}.")
+    if compositor is not None:
+        numbered = rows.add_column("index", list(range(len(rows))))
+        return numbered.with_transform(_Compose(rows, compositor))
+    if streaming:
+        return _decoded_stream(rows.to_iterable_dataset(num_shards=min(len(rows), 64)), on_bad, "off")
+    return rows.with_transform(_decode_batch)
+
+
+def _find(
+    source: Any, masks: str | Path | None, subsets: Sequence[str] | None, split: str, streaming: bool, cutouts: bool
+) -> tuple[datasets.Dataset | datasets.IterableDataset, list[BadSample]]:
+    """The source as a dataset with columns of any names, and the files that could not be paired."""
+    if isinstance(source, datasets.Dataset | datasets.IterableDataset):
+        return source, []
+    if isinstance(source, Mapping):
+        if split not in source:
+            raise ValueError(f"There is no split {split!r}; there are: {', '.join(source)}.")
+        return source[split], []
+    root = Path(source).expanduser()
+    if masks is not None:
+        return _pair_folders([(root, Path(masks).expanduser())])
+    if not root.is_dir():
+        if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
+            raise FileNotFoundError(f"There is no folder {source}.")
+        try:
+            return datasets.load_dataset(source, split=split, streaming=streaming), []
+        except datasets.exceptions.DatasetNotFoundError as error:
+            raise FileNotFoundError(f"{source} is neither a folder here nor a dataset on the Hub: {error}") from error
+    folders = _subset_folders(root, subsets)
+    if folders:
+        return _pair_folders(folders)
+    if (root / "dataset_dict.json").exists() or (root / "state.json").exists():
+        return _find(datasets.load_from_disk(str(root)), None, None, split, streaming, cutouts)
+    if any(found for name in _METADATA_FILES for found in (*root.glob(name), *root.glob(f"*/{name}"))):
+        return datasets.load_dataset("imagefolder", data_dir=str(root), split=split), []
+    files = list_images(root)
+    if files and cutouts:
+        return _rows({"image": [str(path) for path in files]}), []
+    if files:
+        raise ValueError(
+            f"{root} has images but it is not clear where their masks are: pass the folder of masks as `masks`, or a "
+            "`compositor` if the images are cut-outs with transparency."
+        )
+    if not any(root.iterdir()):
+        raise ValueError(f"The folder {root} is empty.")
+    return datasets.load_dataset(str(root), split=split), []
+
+
+def _subset_folders(root: Path, subsets: Sequence[str] | None) -> list[tuple[Path, Path]]:
+    """(images, masks) folders of the chosen subsets of a root; none where it is not laid out so."""
+    if isinstance(subsets, str):
+        raise ValueError(f"subsets must be a list of names, got the string {subsets!r}: pass [{subsets!r}].")
+    if subsets is None:
+        if pair := _image_and_mask_folder(root):
+            return [pair]
+        found = {
+            folder.name: pair
+            for folder in sorted(root.iterdir())
+            if (pair := _image_and_mask_folder(folder)) is not None
+        }
+        if len(found) > 1:  # joining them unasked would train on test sets
+            raise ValueError(f"{root} has several subsets: choose with subsets=[...] from {', '.join(found)}.")
+        return list(found.values())
+    pairs = []
+    for subset in subsets:
+        pair = _image_and_mask_folder(root / subset)
+        if pair is None:
+            raise FileNotFoundError(f"The subset {root / subset} has no folders of images (im) and masks (gt) in it.")
+        pairs.append(pair)
+    return pairs
+
+
+def _image_and_mask_folder(folder: Path) -> tuple[Path, Path] | None:
+    """The subfolders of images and of masks; None where there are none of such names."""
+    if not folder.is_dir():
+        return None
+    children = {child.name.lower(): child for child in folder.iterdir() if child.is_dir()}
+    images = next((children[name] for name in _IMAGE_FOLDERS if name in children), None)
+    masks = next((children[name] for name in _MASK_FOLDERS if name in children), None)
+    return None if images is None or masks is None else (images, masks)
+
+
+def _pair_folders(folders: Sequence[tuple[Path, Path]]) -> tuple[datasets.Dataset, list[BadSample]]:
+    """Pairs files by stem."""
+    pairs, bad = [], []
+    for image_folder, mask_folder in folders:
+        images, masks = _by_stem(image_folder), _by_stem(mask_folder)
+        if not images.keys() & masks.keys():
+            examples = (next(iter(images.values()))[0].name, next(iter(masks.values()))[0].name)
+            raise ValueError(
+                f"No image in {image_folder} has a mask of the same name (without suffix) in {mask_folder}: "
+                f"for example {examples[0]} and {examples[1]}."
+            )
+        for stem in sorted(images.keys() | masks.keys()):
+            if stem not in masks:
+                bad.append(BadSample(str(images[stem][0]), f"there is no mask of this name in {mask_folder}"))
+            elif stem not in images:
+                bad.append(BadSample(str(masks[stem][0]), f"there is no image of this name in {image_folder}"))
+            elif len(images[stem]) > 1 or len(masks[stem]) > 1:
+                names = ", ".join(
+                    path.name for files in (images[stem], masks[stem]) if len(files) > 1 for path in files
+                )
+                bad.append(BadSample(str(images[stem][0]), f"several files of one name: {names}"))
+            else:
+                pairs.append((str(images[stem][0]), str(masks[stem][0])))
+    return _rows({"image": [image for image, _ in pairs], "mask": [mask for _, mask in pairs]}), bad
+
+
+def _by_stem(folder: Path) -> dict[str, list[Path]]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    files: dict[str, list[Path]] = {}
+    for path in list_images(folder):
+        files.setdefault(path.stem, []).append(path)
+    if not files:
+        raise ValueError(f"There are no images in {folder}.")
+    return files
+
+
+def _rows(paths: dict[str, list[str]]) -> datasets.Dataset:
+    features = datasets.Features({column: datasets.Image(decode=False) for column in paths})
+    return datasets.Dataset.from_dict(paths, features=features)
+
+
+def _choose_columns(
+    rows: datasets.Dataset | datasets.IterableDataset,
+    image_column: str | None,
+    mask_column: str | None,
+    needs_mask: bool,
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Keeps the columns of images and masks, undecoded, as "image" and "mask"."""
+    rows = rows.with_format(None)
+    columns = rows.column_names or list(next(iter(rows)))
+    for name in (image_column, mask_column):
+        if name is not None and name not in columns:
+            raise ValueError(f"There is no column {name!r}; there are: {', '.join(columns)}.")
+    # A column "label" that holds a class number is no mask.
+    likely = [name for name in columns if rows.features is None or isinstance(rows.features[name], datasets.Image)]
+    image = image_column or _guess(_IMAGE_COLUMNS, likely, mask_column)
+    mask = mask_column or _guess(_MASK_COLUMNS, likely, image)
+    if len(likely) == 2 and rows.features is not None:
+        image = image or next((name for name in likely if mask is not None and name != mask), None)
+        mask = mask or next((name for name in likely if image is not None and name != image), None)
+    if image is None or (mask is None and needs_mask):
+        raise ValueError(
+            f"It is not clear which columns hold the image (guess: {image}) and the mask (guess: {mask}): pass "
+            f"image_column and mask_column. The columns are: {', '.join(columns)}."
+        )
+    chosen = {image: "image"} if mask is None else {image: "image", mask: "mask"}
+    rows = rows.select_columns(list(chosen)).rename_columns({old: new for old, new in chosen.items() if old != new})
+    for name in chosen.values():
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
+
+
+def _guess(known: Sequence[str], columns: Sequence[str], taken: str | None) -> str | None:
+    by_name = {column.lower(): column for column in columns if column != taken}
+    return next((by_name[name] for name in known if name in by_name), None)
+
+
+def _check_photos(photos: Sequence[Path]) -> list[BadSample]:
+    bad = []
+    for photo in photos:
+        try:
+            _inspect(str(photo), full=False)
+        except _UNREADABLE as error:
+            bad.append(BadSample(str(photo), f"the background cannot be read ({_explain(error)})"))
+    return bad
+
+
+def _decode_batch(batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """Transform of a dataset of pairs: undecoded columns to pictures."""
+    decoded: dict[str, list[Any]] = {"image": [], "mask": [], "name": []}
+    for image_file, mask_file in zip(batch["image"], batch["mask"], strict=True):
+        with _naming(image_file):
+            image, mask = _read_pair({"image": image_file, "mask": mask_file})
+        decoded["image"].append(image)
+        decoded["mask"].append(mask)
+        decoded["name"].append(_name(image_file))
+    return decoded
+
+
+class _Cutouts(Sequence):
+    """The rows of a dataset as RGBA cut-outs."""
+
+    def __init__(self, rows: datasets.Dataset) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        row = self.rows[int(index)]
+        with _naming(row["image"]):
+            return _read_cutout(row)
+
+
+class _Compose:
+    """Transform of a dataset of cut-outs: each row to a new picture in which its cut-out is the main object."""
+
+    def __init__(self, rows: datasets.Dataset, compositor: Compositor) -> None:
+        self.cutouts = _Cutouts(rows)
+        self.compositor = compositor
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        composed: dict[str, list[Any]] = {"image": [], "mask": [], "name": []}
+        for index, image_file in zip(batch["index"], batch["image"], strict=True):
+            rng = np.random.default_rng(int(torch.randint(2**62, ())))
+            image, mask = self.compositor(rng, self.cutouts, index)
+            composed["image"].append(image)
+            composed["mask"].append(mask)
+            composed["name"].append(_name(image_file))
+        return composed
+
+
+def _decoded_stream(
+    rows: datasets.IterableDataset, on_bad: Literal["stop", "skip"], check: Literal["fast", "full", "off"]
+) -> datasets.IterableDataset:
+    """Decodes as it reads; what is bad stops the stream or is left out of it."""
+
+    def decode(row: Mapping[str, Any]) -> dict[str, Any]:
+        name = "" if row["image"] is None else _name(row["image"])
+        try:
+            if row["image"] is None or row["mask"] is None:
+                raise ImageLoadError("there is no image or no mask")
+            image, mask = _read_pair(row)
+            if check != "off" and not mask.getbbox():
+                raise ImageLoadError("the mask is empty")
+        except _UNREADABLE as error:
+            _settle([BadSample(name, _explain(error))], on_bad)
+            image = mask = None
+        return {"image": image, "mask": mask, "name": name}
+
+    return rows.map(decode).filter(lambda row: row["image"] is not None)
+
+
+class SoftMask(tv_tensors.TVTensor):
+    """A mask 1×H×W that moves with its image and is interpolated like it.
+
+    torchvision's own `Mask` holds class numbers and is therefore moved by nearest neighbour, which would tear soft
+    edges. Operations on colour pass it by.
+    """
+
+
+def _moves_like_an_image(operation: Callable[..., torch.Tensor], kernel: Callable[..., torch.Tensor]) -> None:
+    def move(mask: SoftMask, *args: Any, **kwargs: Any) -> SoftMask:
+        return tv_tensors.wrap(kernel(mask.as_subclass(torch.Tensor), *args, **kwargs), like=mask)
+
+    functional.register_kernel(operation, SoftMask)(move)
+
+
+_moves_like_an_image(functional.horizontal_flip, functional.horizontal_flip_image)
+_moves_like_an_image(functional.affine, functional.affine_image)
+_moves_like_an_image(functional.crop, functional.crop_image)
+
+
+def _chance(probability: float) -> bool:
+    return bool(torch.rand(()) < probability)
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand(()))
+
+
+class RandomCrop(nn.Module):
+    """Keeps a random part of image and mask: each side `smallest` to 1 of its length. Never crops the object away."""
+
+    def __init__(self, smallest: float, probability: float) -> None:
+        super().__init__()
+        self.smallest = smallest
+        self.probability = probability
+
+    def forward(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not _chance(self.probability):
+            return image, mask
+        height, width = (max(1, round(length * _uniform(self.smallest, 1.0))) for length in image.shape[-2:])
+        top = int(torch.randint(image.shape[-2] - height + 1, ()))
+        left = int(torch.randint(image.shape[-1] - width + 1, ()))
+        cropped = functional.crop(mask, top, left, height, width)
+        if not cropped.any():
+            return image, mask
+        return functional.crop(image, top, left, height, width), cropped
+
+
+class BicubicRotation(nn.Module):
+    """Turns image and mask by whole degrees in [-15, 14] about the centre, black outside, as upstream does.
+
+    torchvision turns tensors at most bilinearly. Source: image_proc.py, `random_rotate`.
+    """
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not _chance(self.probability):
+            return image, mask
+        angle = np.deg2rad(int(torch.randint(-15, 15, ())))
+        height, width = image.shape[-2:]
+        # In the unit coordinates of `grid_sample` both axes have length 2, whatever the picture's shape.
+        matrix = [
+            [np.cos(angle), -np.sin(angle) * height / width, 0.0],
+            [np.sin(angle) * width / height, np.cos(angle), 0.0],
+        ]
+        both = torch.cat([image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor)])[
+            None
+        ]  # (1, 4, height, width)
+        grid = nn.functional.affine_grid(both.new_tensor(matrix)[None], list(both.shape), align_corners=False)
+        turned = nn.functional.grid_sample(both, grid, mode="bicubic", align_corners=False)[0].clamp_(0, 1)
+        return tv_tensors.wrap(turned[:3], like=image), tv_tensors.wrap(turned[3:], like=mask)
+
+
+class RandomColour(nn.Module):
+    """Changes brightness, contrast, saturation and sharpness by factors from the given ranges, in steps of 0.1."""
+
+    def __init__(
+        self,
+        brightness: tuple[float, float],
+        contrast: tuple[float, float],
+        saturation: tuple[float, float],
+        sharpness: tuple[float, float],
+        probability: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.steps = (
+            (functional.adjust_brightness, brightness),
+            (functional.adjust_contrast, contrast),
+            (functional.adjust_saturation, saturation),
+            (functional.adjust_sharpness, sharpness),
+        )
+        self.probability = probability
+
+    def forward(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not _chance(self.probability):
+            return image, mask
+        for adjust, (low, high) in self.steps:
+            image = adjust(image, int(torch.randint(round(10 * low), round(10 * high) + 1, ())) / 10)
+        return image, mask
+
+
+class SaltAndPepper(nn.Module):
+    """Sets 0.15 % of the pixels to black or white."""
+
+    def __init__(self, probability: float = 1.0) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not _chance(self.probability):
+            return image, mask
+        pixels = image.flatten(1).clone()  # (3, height * width)
+        count = int(0.0015 * pixels.shape[1])
+        where = torch.randint(pixels.shape[1], (count,))
+        pixels[:, where] = torch.randint(2, (count,)).to(pixels.dtype)
+        return tv_tensors.wrap(pixels.view(image.shape), like=image), mask
+
+
+class BackgroundSynthesis(nn.Module):
+    """Puts the foreground on one colour: grey (0.4), near its own mean colour (0.4), or any (0.2).
+
+    The foreground's colours are taken as they are: what shone through soft edges stays. Source: dataset.py:104-127.
+    """
+
+    def __init__(self, probability: float = 1.0) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not _chance(self.probability):
+            return image, mask
+        alpha = mask.as_subclass(torch.Tensor)
+        kind = float(torch.rand(()))
+        if kind < 0.4:
+            colour = torch.rand(1).expand(3)
+        elif kind < 0.8:
+            colour = (image * alpha).sum((1, 2)) / alpha.sum().clamp(min=1)
+            towards = float(_chance(0.5))
+            colour = colour + (towards - colour) * _uniform(0, 0.2)
+        else:
+            colour = torch.rand(3)
+        composed = image * alpha + colour.view(3, 1, 1) * (1 - alpha)
+        return tv_tensors.wrap(composed.as_subclass(torch.Tensor), like=image), mask
+
+
+class Augmentation(NamedTuple):
+    """What happens to (image 3×H×W, mask 1×H×W) before and after the resize to the training size.
+
+    Cropping is done first, where the pixels still are; all else after, where there are fewer. Before, both are uint8;
+    after, float in [0, 1]. Chance comes from torch's global random numbers only.
+    """
+
+    before_resize: nn.Module
+    after_resize: nn.Module
+
+
+def build_augmentation(
+    preset: Literal["none", "default", "upstream", "upstream-background"] = "default",
+    background_probability: float = 0.0,
+) -> Augmentation:
+    """Builds one of the augmentations by name.
+
+    "upstream" is the recipe of the released checkpoints (image_proc.py:107-182): flip 0.5; rotation 0.2, whole degrees
+    in -15..14, bicubic, black; always brightness and contrast 0.5..1.5, saturation 0..2, sharpness 0..3; always 0.15 %
+    salt and pepper. "upstream-background" is its variant with a synthetic background (always) and else only the flip.
+
+    "default" differs: it also crops (0.3, each side 0.7..1, anywhere) and scales (with the rotation: 0.3, 0.8..1.25),
+    since upstream's network only ever sees whole objects in whole pictures; fills with the mean colour instead of
+    black, which otherwise gives the turned pictures away; changes colours in four pictures of five and less (0.7..1.3,
+    saturation 0.5..1.5, sharpness 0.5..2), since users' pictures are not half as bright and thrice sharpened; and adds
+    salt and pepper to one picture in ten, since no camera does.
+
+    Args:
+        preset: name, or "none" for evaluation.
+        background_probability: chance to replace the background with one colour, beside the "default" preset.
+
+    Returns:
+        The augmentation for `TrainingDataset`.
+    """
+    flip = v2.RandomHorizontalFlip(0.5)
+    match preset:
+        case "none":
+            return Augmentation(v2.Identity(), v2.Identity())
+        case "upstream":
+            colour = RandomColour((0.5, 1.5), (0.5, 1.5), (0.0, 2.0), (0.0, 3.0))
+            after = [flip, BicubicRotation(0.2), colour, SaltAndPepper()]
+            return Augmentation(v2.Identity(), v2.Compose(after))
+        case "upstream-background":
+            return Augmentation(v2.Identity(), v2.Compose([BackgroundSynthesis(), flip]))
+        case "default":
+            fill = {tv_tensors.Image: [0.485, 0.456, 0.406], "others": 0}
+            move = v2.RandomAffine(15, scale=(0.8, 1.25), interpolation=v2.InterpolationMode.BILINEAR, fill=fill)
+            after = [
+                BackgroundSynthesis(background_probability),
+                flip,
+                v2.RandomApply([move], p=0.3),
+                RandomColour((0.7, 1.3), (0.7, 1.3), (0.5, 1.5), (0.5, 2.0), probability=0.8),
+                SaltAndPepper(0.1),
+            ]
+            return Augmentation(RandomCrop(0.7, probability=0.3), v2.Compose(after))
+    raise ValueError(f"There is no augmentation {preset!r}: choose none, default, upstream or upstream-background.")
+
+
+class SampleKey(NamedTuple):
+    """An index that says all there is to know about a sample: which, in which epoch, and at what (height, width)."""
+
+    index: int
+    epoch: int = 0
+    size: tuple[int, int] | None = None
+
+
+@contextlib.contextmanager
+def seeded_random(*numbers: int) -> Iterator[None]:
+    """Seeds torch's CPU random numbers from non-negative integers, and puts the former state back afterwards."""
+    state = torch.random.get_rng_state()
+    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    torch.random.default_generator.manual_seed(int(seed))
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)
+
+
+def _prepare(
+    row: Mapping[str, Any], image_processor: Any, augmentation: Augmentation, size: tuple[int, int] | None
+) -> dict[str, torch.Tensor]:
+    """One row of pictures to the network's input: crop, resize, augment, normalise."""
+    image = tv_tensors.Image(functional.pil_to_tensor(row["image"]))
+    mask = SoftMask(functional.pil_to_tensor(row["mask"]))
+    image, mask = augmentation.before_resize(image, mask)
+    sized = {} if size is None else {"size": {"height": size[0], "width": size[1]}}
+    resized = image_processor(
+        images=image.as_subclass(torch.Tensor),
+        segmentation_maps=mask.as_subclass(torch.Tensor),
+        do_normalize=False,
+        return_tensors="pt",
+        **sized,
+    )
+    image, mask = augmentation.after_resize(
+        tv_tensors.Image(resized["pixel_values"][0]), SoftMask(resized["labels"][0])
+    )
+    normalised = image_processor(
+        images=image.as_subclass(torch.Tensor), do_resize=False, do_rescale=False, return_tensors="pt"
+    )
+    return {"pixel_values": normalised["pixel_values"][0], "labels": mask.as_subclass(torch.Tensor)}
+
+
+class TrainingDataset(torch.utils.data.Dataset):
+    """Pairs as the network's inputs: `dataset[key]` is {"pixel_values": 3×H×W, "labels": 1×H×W}, both float32.
+
+    The key is a `SampleKey`, or an integer for epoch 0 at the processor's size. A sample is a pure function of
+    (seed, epoch, index), also where the pictures are composed or a user's own transform draws from torch's global
+    random numbers.
+
+    Args:
+        pairs: map-style dataset of {"image", "mask"} PIL images, from `load_pairs` or elsewhere.
+        image_processor: resizes and normalises; the torchvision backend is the faster one.
+        augmentation: from `build_augmentation`; none when absent.
+        seed: of all chance, not negative.
+    """
+
+    def __init__(
+        self, pairs: datasets.Dataset, image_processor: Any, augmentation: Augmentation | None = None, seed: int = 0
+    ) -> None:
+        self.pairs = pairs
+        self.image_processor = image_processor
+        self.augmentation = augmentation or build_augmentation("none")
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: SampleKey | int) -> dict[str, torch.Tensor]:
+        key = key if isinstance(key, SampleKey) else SampleKey(key)
+        with seeded_random(self.seed, key.epoch, key.index):
+            return _prepare(self.pairs[key.index], self.image_processor, self.augmentation, key.size)
+
+
+class TrainingBatchSampler:
+    """Yields batches of `SampleKey` for a `DataLoader(batch_sampler=...)`: shuffled, complete batches only.
+
+    Order and sizes depend on (seed, epoch, number of the batch) alone. With several processes the batches are meant to
+    be dealt out in turn, as Accelerate does; the processes then get batches of one size in each step, and no batch is
+    left over. Accelerate's `skip_first_batches` resumes within an epoch without loading what is skipped.
+
+    The epoch is set by `set_epoch`: call it on the prepared loader with Accelerate (which counts by itself and would
+    override the sampler), on the sampler without.
+
+    Args:
+        length: number of samples.
+        batch_size: samples in a batch, on one process.
+        size: (height, width) of all batches; the processor's when absent.
+        size_range: ((least height, most height), (least width, most width)) instead: each batch draws both sides, and
+            rounds them down to multiples of 32. Upstream's dynamic checkpoint was trained with 256..2304 for both.
+        num_processes: number of processes that share the batches.
+        shuffle: False keeps the order of the dataset.
+        seed: of all chance, not negative.
+
+    Raises:
+        ValueError: not one batch for each process, or a range below 32 or upside down.
+    """
+
+    drop_last = True  # read by Accelerate
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        size: tuple[int, int] | None = None,
+        size_range: tuple[tuple[int, int], tuple[int, int]] | None = None,
+        num_processes: int = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if size is not None and size_range is not None:
+            raise ValueError("Pass either size or size_range.")
+        if size_range is not None and any(not 32 <= low <= high for low, high in size_range):
+            raise ValueError(
+                f"size_range must be ((least, most), (least, most)) with sides of 32 or more: {size_range}."
+            )
+        if length < batch_size * num_processes:
+            raise ValueError(
+                f"{length} samples do not make one batch of {batch_size} for each of {num_processes} process(es): "
+                "use a smaller batch or more data."
+            )
+        self.length = length
+        self.batch_size = batch_size
+        self.size = size
+        self.size_range = size_range
+        self.num_processes = num_processes
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+
+    @property
+    def sampler(self) -> "TrainingBatchSampler":
+        """Itself: where Accelerate's loaders look for `set_epoch`, behind the wrapper that deals out the batches."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that the next iteration is of."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length // (self.batch_size * self.num_processes) * self.num_processes
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        order = np.arange(self.length)
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(order)
+        for batch in range(len(self)):
+            size = self._size(batch // self.num_processes)
+            members = order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+            yield [SampleKey(index, self.epoch, size) for index in members]
+
+    def _size(self, step: int) -> tuple[int, int] | None:
+        if self.size_range is None:
+            return self.size
+        rng = np.random.default_rng((self.seed, self.epoch, step))
+        height, width = (int(rng.integers(low, high + 1)) // 32 * 32 for low, high in self.size_range)
+        return height, width
+
+
+class TrainingStream(torch.utils.data.IterableDataset):
+    """A stream of pairs as the network's inputs, {"pixel_values": 3×H×W, "labels": 1×H×W}, for a `DataLoader`.
+
+    Guaranteed: how a sample is augmented depends on (seed, epoch, its name) alone, whatever the workers. Its order and
+    which worker reads it are the stream's: with the same `shuffle(seed, buffer_size)` of the stream, the same epoch and
+    the same number of workers and processes the order is the same, so a run resumes exactly by reading again and
+    dropping the batches that were done (Accelerate's `skip_first_batches`), which takes the time of reading them.
+    Not offered: a size drawn for each batch, since workers do not know of batches. Use a map-style dataset for it.
+
+    Args:
+        stream: iterable dataset of {"image", "mask", "name"}, from `load_pairs(..., streaming=True)`.
+        image_processor: resizes and normalises.
+        augmentation: from `build_augmentation`; none when absent.
+        size: (height, width); the processor's when absent.
+        seed: of the augmentation, not negative.
+    """
+
+    def __init__(
+        self,
+        stream: datasets.IterableDataset,
+        image_processor: Any,
+        augmentation: Augmentation | None = None,
+        size: tuple[int, int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.stream = stream
+        self.image_processor = image_processor
+        self.augmentation = augmentation or build_augmentation("none")
+        self.size = size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that the next iteration is of; workers take it up when they start."""
+        self.epoch = epoch
+        self.stream.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for row in self.stream:
+            with seeded_random(self.seed, self.epoch, zlib.crc32(row["name"].encode())):
+                sample = _prepare(row, self.image_processor, self.augmentation, self.size)
+            yield sample  # outside, or the consumer would run on this sample's random numbers

@@ -1,0 +1,302 @@
+"""Opens whatever a user hands over as an upright RGB image, safely, and saves images without half-written files."""
+
+import base64
+import binascii
+import http.client
+import io
+import ipaddress
+import os
+import secrets
+import socket
+import ssl
+import struct
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote_to_bytes, urljoin, urlsplit
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+
+DEFAULT_TIMEOUT = 30.0
+MAX_DOWNLOAD_BYTES = 50 * 2**20
+MAX_REDIRECTS = 5
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# What Pillow's decoders raise on damaged files, each format its own.
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+
+
+class ImageLoadError(ValueError):
+    """An image cannot be read; the message names it and the reason."""
+
+
+def load_image(
+    source: ImageSource,
+    *,
+    timeout: float | None = None,
+    max_bytes: int = MAX_DOWNLOAD_BYTES,
+    max_pixels: int | None = None,
+    allow_private: bool = False,
+) -> Image.Image:
+    """Opens an image as upright 8-bit RGB.
+
+    EXIF orientation is applied. Transparency is dropped and the colours below it are kept, as upstream does. 16-bit images
+    are scaled to 8 bits, of animations the first frame is taken.
+
+    Args:
+        source: Path; http, https or data URL; the bytes of a file; PIL image of any mode; array H×W, H×W×1, H×W×3 or
+            H×W×4, uint8, bool, or float in [0, 1].
+        timeout: Seconds that fetching a URL may take in all, 30 by default.
+        max_bytes: Largest file that is fetched.
+        max_pixels: Largest image that is decoded; by default Pillow's own limit against decompression bombs, 179 million.
+        allow_private: Whether URLs may lead to addresses that are not public. Only for URLs you wrote yourself.
+
+    Returns:
+        PIL image in mode RGB.
+
+    Raises:
+        ImageLoadError: there is no such file or address, or it holds no whole image.
+        TypeError: `source` is none of the above.
+    """
+    name = "the image"
+    try:
+        if isinstance(source, np.ndarray):
+            return _from_array(source)
+        if isinstance(source, str) and urlsplit(source).scheme in ("http", "https"):
+            name = source
+            source = fetch(source, timeout=timeout, max_bytes=max_bytes, allow_private=allow_private)
+        elif isinstance(source, str) and source.startswith("data:"):
+            name = source[:40] + "…"
+            source = _decode_data_url(source, max_bytes)
+        elif isinstance(source, str | os.PathLike):
+            name = os.fspath(source)
+            if not os.path.exists(name):
+                raise ImageLoadError(f"{name}: there is no such file.")
+            if os.path.isdir(name):
+                raise ImageLoadError(f"{name} is a folder; name an image in it.")
+            if os.path.getsize(name) == 0:
+                raise ImageLoadError(f"{name} is empty.")
+        if isinstance(source, bytes):
+            source = io.BytesIO(source)
+        if isinstance(source, Image.Image):
+            return _upright_rgb(source, max_pixels)
+        if not isinstance(source, str | os.PathLike | io.BytesIO):
+            raise TypeError(
+                f"An image is given as path, URL, bytes, PIL image or array, not as {type(source).__name__}."
+            )
+        with warnings.catch_warnings():
+            # Between once and twice its limit Pillow only warns; `max_pixels` is there for who wants less.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(source) as image:
+                return _upright_rgb(image, max_pixels)
+    except ImageLoadError:
+        raise
+    except UnidentifiedImageError as error:
+        raise ImageLoadError(f"{name} is no image, or of a format that Pillow does not know.") from error
+    except _DECODING_ERRORS as error:
+        raise ImageLoadError(f"{name} cannot be read: {error}.") from error
+
+
+def _upright_rgb(image: Image.Image, max_pixels: int | None) -> Image.Image:
+    width, height = image.size
+    if max_pixels is not None and width * height > max_pixels:
+        raise ImageLoadError(f"{width}×{height} pixels are more than the {max_pixels} allowed; scale the image down.")
+    if width == 0 or height == 0:
+        raise ImageLoadError(f"the image is empty ({width}×{height} pixels).")
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        # Pillow clips these at 255 instead of scaling them.
+        values = np.asarray(image).astype(np.float32)
+        values = values / (65535 if image.mode != "F" else 1 if values.max() <= 1 else 255)
+        return _from_array(values.clip(0, 1))
+    return image.convert("RGB")
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or array.size == 0:
+        raise ImageLoadError(f"an array of shape {array.shape} is no image; H×W, H×W×3 or H×W×4 are.")
+    if array.dtype == bool:
+        array = array * np.uint8(255)
+    elif np.issubdtype(array.dtype, np.floating):
+        if not (array.min() >= 0 and array.max() <= 1):
+            raise ImageLoadError(f"an array of floats must lie in [0, 1], not [{array.min():g}, {array.max():g}].")
+        array = (array * 255).round().astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise ImageLoadError(f"an array of type {array.dtype} is no image; use uint8, bool or float in [0, 1].")
+    return Image.fromarray(array).convert("RGB")
+
+
+def _decode_data_url(url: str, max_bytes: int) -> bytes:
+    header, comma, data = url.partition(",")
+    if not comma:
+        raise ImageLoadError(f"{url[:40]}… is no data URL: it has no comma before its data.")
+    if len(data) > 2 * max_bytes:
+        raise ImageLoadError(f"the data URL is longer than the {max_bytes} bytes allowed.")
+    try:
+        return base64.b64decode(data, validate=True) if header.endswith(";base64") else unquote_to_bytes(data)
+    except binascii.Error as error:
+        raise ImageLoadError(f"{url[:40]}… is not valid base64: {error}.") from error
+
+
+class _PinnedConnection(http.client.HTTPConnection):
+    """A connection to an address that has been checked: the name is not resolved again, which could give another one."""
+
+    def __init__(self, host: str, port: int, address: str, tls: ssl.SSLContext | None, timeout: float):
+        super().__init__(host, port, timeout=timeout)
+        self.address = address
+        self.tls = tls
+
+    def connect(self) -> None:
+        self.sock = socket.create_connection((self.address, self.port), self.timeout)
+        if self.tls is not None:
+            self.sock = self.tls.wrap_socket(self.sock, server_hostname=self.host)
+
+
+def fetch(
+    url: str,
+    *,
+    timeout: float | None = None,
+    max_bytes: int = MAX_DOWNLOAD_BYTES,
+    allow_private: bool = False,
+) -> bytes:
+    """Fetches a URL that a stranger may have written.
+
+    Only http and https, only public addresses, checked again after every redirect; the connection goes to the very
+    address that was checked, and proxies of the environment are not used.
+
+    Args:
+        url: What to fetch.
+        timeout: Seconds for everything, redirects included; 30 by default.
+        max_bytes: Largest answer.
+        allow_private: Whether addresses that are not public are allowed.
+
+    Raises:
+        ImageLoadError: the address is not allowed or does not answer, or the answer is too large, too slow or an error.
+    """
+    deadline = time.monotonic() + (DEFAULT_TIMEOUT if timeout is None else timeout)
+    current = url
+    for _ in range(MAX_REDIRECTS + 1):
+        parts = urlsplit(current)
+        try:
+            port = parts.port
+        except ValueError as error:
+            raise ImageLoadError(f"{current}: {error}.") from error
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ImageLoadError(f"{current} is no http or https address.")
+        port = port or (443 if parts.scheme == "https" else 80)
+        address = _resolve(parts.hostname, port, allow_private)
+        tls = ssl.create_default_context() if parts.scheme == "https" else None
+        remaining = deadline - time.monotonic()
+        connection = _PinnedConnection(parts.hostname, port, address, tls, timeout=max(remaining, 0.001))
+        watchdog = threading.Timer(max(remaining, 0.001), _hang_up, [connection])
+        watchdog.start()
+        try:
+            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            connection.request("GET", path, headers={"User-Agent": "birefnet_hf", "Accept": "image/*"})
+            response = connection.getresponse()
+            location = response.getheader("Location")
+            if response.status in (301, 302, 303, 307, 308) and location:
+                current = urljoin(current, location)
+                continue
+            if response.status != 200:
+                raise ImageLoadError(f"{url}: the server answers {response.status} {response.reason}.")
+            return _read_body(response, url, max_bytes, deadline)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            if isinstance(error, ImageLoadError):
+                raise
+            if time.monotonic() >= deadline:
+                raise ImageLoadError(f"{url} took longer than the time allowed.") from error
+            raise ImageLoadError(f"{url} cannot be fetched: {error}.") from error
+        finally:
+            watchdog.cancel()
+            connection.close()
+    raise ImageLoadError(f"{url} redirects more than {MAX_REDIRECTS} times.")
+
+
+def _hang_up(connection: http.client.HTTPConnection) -> None:
+    """Ends a connection from outside: a server that sends a byte now and then never runs into a socket's timeout."""
+    if connection.sock is not None:
+        try:
+            connection.sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return  # closed already
+
+
+def _read_body(response: http.client.HTTPResponse, url: str, max_bytes: int, deadline: float) -> bytes:
+    too_large = f"{url} is larger than the {max_bytes} bytes allowed."
+    if (response.length or 0) > max_bytes:
+        raise ImageLoadError(too_large)
+    expected, body = response.length, bytearray()
+    while chunk := response.read1(2**16):
+        body += chunk
+        if len(body) > max_bytes:
+            raise ImageLoadError(too_large)
+        if time.monotonic() > deadline:
+            raise ImageLoadError(f"{url} took longer than the time allowed.")
+    if expected is not None and len(body) < expected:
+        raise ImageLoadError(f"{url} broke off after {len(body)} of {expected} bytes.")
+    return bytes(body)
+
+
+def _resolve(host: str, port: int, allow_private: bool) -> str:
+    """An address of the host; all that its name stands for must be public.
+
+    Raises:
+        ImageLoadError: the name is unknown, or leads to a private, loopback, link-local or otherwise special address.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise ImageLoadError(f"{host} is not known: {error}.") from error
+    addresses = [info[4][0] for info in found]
+    if not allow_private and not all(_is_public(address) for address in addresses):
+        raise ImageLoadError(f"{host} leads to an address that is not public, which is not allowed.")
+    return addresses[0]
+
+
+def _is_public(address: str) -> bool:
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if ip.version == 6:
+        # Addresses that carry an IPv4 address lead to that one.
+        embedded = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
+        if ip in _NAT64:
+            embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if embedded:
+            return _is_public(str(embedded))
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+
+
+def save_image(image: Image.Image, path: str | os.PathLike[str], **parameters: Any) -> None:
+    """Saves an image so that the file appears whole or not at all. The suffix names the format; WebP is lossless.
+
+    Args:
+        image: What to save.
+        path: Where to; folders are created.
+        **parameters: Passed to `PIL.Image.Image.save`.
+
+    Raises:
+        OSError: the folder cannot be written to, or the disk is full.
+        ValueError: Pillow knows no format of that suffix.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".webp":
+        parameters = {"lossless": True, **parameters}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
+    try:
+        image.save(temporary, **parameters)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+__all__ = ["ImageLoadError", "ImageSource", "fetch", "load_image", "save_image"]
