@@ -37,7 +37,7 @@ def stored(variants: bool) -> list:
         sorted(path.stem for path in folder.glob("*.safetensors") if path.stem.startswith("variant-") == variants)
         for folder in (FOLDER, FULL_FOLDER)
     ]
-    here, everywhere = ([name for name in group if not name.endswith(".train")] for group in names)
+    here, everywhere = ([name for name in group if ".train" not in name] for group in names)
     extra = [name for name in everywhere if name not in here]
     return [*here, *(pytest.param(name, marks=pytest.mark.slow) for name in extra)]
 

@@ -14,8 +14,8 @@ from PIL import Image, ImageColor, ImageOps
 from .image_loading import load_image
 
 
-# Kernel sizes of the reference's two blurs (image_proc.py upstream, after Photoroom's blur fusion), in pixels of a photo
-# whose longer side is REFERENCE_SIDE. Upstream uses them for every size, so that its estimate changes with the resolution.
+# Kernel sizes of the reference's two blurs (image_proc.py upstream, after Photoroom's blur fusion) in pixels. Upstream uses
+# them for every size; here they grow with photos whose longer side exceeds REFERENCE_SIDE, as their soft edges do.
 REFERENCE_KERNELS = (90, 6)
 REFERENCE_SIDE = 1024
 EPSILON = 1e-5
@@ -28,7 +28,9 @@ TILE = 256
 ALIGNMENT = 64
 
 
-def refine_foreground(image: torch.Tensor, alpha: torch.Tensor, kernels: tuple[int, int] | None = None) -> torch.Tensor:
+def refine_foreground(
+    image: torch.Tensor, alpha: torch.Tensor, kernels: tuple[int, int] | None = None
+) -> torch.Tensor:
     """Estimates the foreground's own colours, so that a cut-out carries none of its old background.
 
     Two passes of blur fusion (Forte, "Approximate Fast Foreground Colour Estimation", ICIP 2021): the colours of
@@ -39,8 +41,8 @@ def refine_foreground(image: torch.Tensor, alpha: torch.Tensor, kernels: tuple[i
     Args:
         image: (B, 3, H, W) or (3, H, W), float in [0, 1].
         alpha: (B, 1, H, W), (1, H, W) or (H, W), float in [0, 1].
-        kernels: Sizes of the wide and the narrow box in pixels. By default the reference's 90 and 6, scaled by the
-            image's longer side over 1024.
+        kernels: Sizes of the wide and the narrow box in pixels. By default the reference's 90 and 6, larger in proportion
+            for images whose longer side exceeds 1024.
 
     Returns:
         Shape and dtype of `image`. Where alpha is 1 it is the image itself; where alpha is 0, colours continue smoothly
@@ -53,8 +55,8 @@ def refine_foreground(image: torch.Tensor, alpha: torch.Tensor, kernels: tuple[i
     images = image if image.dim() == 4 else image[None]
     alphas = alpha.reshape(len(images), 1, *alpha.shape[-2:]).to(images.dtype)
     if kernels is None:
-        scale = max(images.shape[-2:]) / REFERENCE_SIDE
-        kernels = tuple(max(3, round(kernel * scale)) for kernel in REFERENCE_KERNELS)
+        scale = max(1.0, max(images.shape[-2:]) / REFERENCE_SIDE)
+        kernels = tuple(round(kernel * scale) for kernel in REFERENCE_KERNELS)
     refined = [_refine(picture, matte, *kernels) for picture, matte in zip(images, alphas, strict=True)]
     return torch.stack(refined).reshape(image.shape)
 

@@ -1,0 +1,144 @@
+"""Foreground colours against cases with a known answer, and compositing to the last bit."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from birefnet_hf.foreground import composite, cut_out, parse_background, refine_foreground, to_uint8
+
+
+def disc(height: int, width: int, softness: float) -> torch.Tensor:
+    """Alpha of a disc whose edge is `softness` pixels wide: (1, H, W)."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    distance = ((y - height / 2) ** 2 + (x - width / 2) ** 2).sqrt()
+    return ((min(height, width) / 3 - distance) / softness + 0.5).clamp(0, 1)[None]
+
+
+def stripes(height: int, width: int, colours) -> torch.Tensor:
+    """Slow horizontal change between two colours: (3, H, W)."""
+    position = torch.linspace(0, 1, width).expand(1, height, width)
+    return torch.lerp(*(torch.tensor(colour).view(3, 1, 1) for colour in colours), position)
+
+
+@pytest.mark.parametrize("size", [(120, 160), (700, 900), (33, 47), (2, 3), (1, 1), (5, 2000)])
+def test_opaque_pixels_keep_their_colours(size):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(3, *size, generator=generator)
+    assert torch.equal(refine_foreground(image, torch.ones(1, *size)), image)
+    alpha = disc(*size, softness=6)
+    refined = refine_foreground(image, alpha)
+    assert refined.shape == image.shape and refined.isfinite().all() and 0 <= refined.min() and refined.max() <= 1
+    opaque = (alpha == 1).expand_as(image)
+    assert torch.equal(refined[opaque], image[opaque])
+
+
+def test_nothing_in_the_foreground_stays_finite():
+    assert refine_foreground(torch.rand(3, 40, 50), torch.zeros(1, 40, 50)).abs().max() == 0
+
+
+@pytest.mark.parametrize(("softness", "remaining"), [(4, 0.03), (30, 0.3)])
+@pytest.mark.parametrize("size", [(240, 320), (600, 800), (1500, 2000)])
+def test_plain_colours_are_recovered(size, softness, remaining):
+    """A foreground of one colour on a background of another: its edge gets its colour back, a narrow one all of it."""
+    colours = torch.tensor([0.9, 0.2, 0.1]).view(3, 1, 1), torch.tensor([0.1, 0.6, 0.9]).view(3, 1, 1)
+    alpha = disc(*size, softness)
+    image = composite(colours[0].expand(3, *size), alpha, colours[1])
+    edge = ((alpha > 0.1) & (alpha < 1)).expand_as(image)
+    error, without = ((x - colours[0]).abs()[edge].mean() for x in (refine_foreground(image, alpha), image))
+    assert error < remaining * without
+
+
+def test_changing_colours_are_recovered_better_than_by_the_image():
+    size, alpha = (480, 640), disc(480, 640, 20)
+    foreground = stripes(*size, ([0.9, 0.7, 0.1], [0.5, 0.1, 0.6]))
+    image = composite(foreground, alpha, stripes(*size, ([0.0, 0.2, 0.4], [0.2, 0.9, 0.3])))
+    weight = alpha * (alpha < 1)
+
+    def error(colours: torch.Tensor) -> float:
+        return ((colours - foreground).abs() * weight).sum().item()
+
+    assert error(refine_foreground(image, alpha)) < 0.2 * error(image)
+
+
+def naive(image: torch.Tensor, alpha: torch.Tensor, kernels: tuple[int, int]) -> torch.Tensor:
+    """Two passes of blur fusion as the reference writes them, with its border rule left out."""
+
+    def mean(x: torch.Tensor, kernel: int) -> torch.Tensor:
+        kernel += 1 - kernel % 2
+        return torch.nn.functional.avg_pool2d(x[None], kernel, 1, kernel // 2, count_include_pad=False)[0]
+
+    foreground = background = image
+    for kernel in kernels:
+        near = mean(foreground * alpha, kernel) / (mean(alpha, kernel) + 1e-5)
+        far = mean(background * (1 - alpha), kernel) / (1 - mean(alpha, kernel) + 1e-5)
+        foreground = (near + alpha * (image - alpha * near - (1 - alpha) * far)).clamp(0, 1)
+        background = far
+    return foreground
+
+
+@pytest.mark.parametrize(("kernels", "tolerance"), [((5, 3), 1e-4), ((9, 5), 1e-4), ((90, 6), 0.02)])
+def test_tiles_and_grids_equal_the_plain_form(kernels, tolerance):
+    """Exact while the boxes are too small for a grid; with the reference's kernels within a few levels of 255.
+
+    Differences count by alpha, as they do in a composite.
+    """
+    generator = torch.Generator().manual_seed(1)
+    image = torch.nn.functional.interpolate(torch.rand(1, 3, 40, 60, generator=generator), size=(400, 600))[0]
+    alpha = disc(400, 600, 40)
+    difference = (refine_foreground(image, alpha, kernels) - naive(image, alpha, kernels)).abs()
+    # What is stored as 255 counts as opaque here, and keeps its colour.
+    assert (difference * alpha * (alpha < 1 - 0.5 / 255)).max() < tolerance
+
+
+def test_batches_and_shapes():
+    image, alpha = torch.rand(2, 3, 50, 60), torch.rand(2, 1, 50, 60)
+    refined = refine_foreground(image, alpha)
+    for index in range(2):
+        assert torch.equal(refined[index], refine_foreground(image[index], alpha[index]))
+        assert torch.equal(refined[index], refine_foreground(image[index], alpha[index, 0]))
+    for wrong in (torch.rand(2, 1, 50, 61), torch.rand(1, 50, 60), torch.rand(2, 2, 50, 60)):
+        with pytest.raises(ValueError, match="does not fit"):
+            refine_foreground(image, wrong)
+    with pytest.raises(ValueError, match="An image has shape"):
+        refine_foreground(torch.rand(50, 60), alpha)
+
+
+def test_composite_is_exact():
+    foreground, background = torch.full((3, 4, 4), 0.75), torch.full((3, 1, 1), 0.25)
+    assert torch.equal(composite(foreground, torch.ones(4, 4), background), foreground)
+    assert torch.equal(composite(foreground, torch.zeros(4, 4), background), background.expand(3, 4, 4))
+    assert torch.equal(composite(foreground, torch.full((4, 4), 0.5), background), torch.full((3, 4, 4), 0.5))
+
+
+def test_background_images_cover():
+    """Scaled to cover and cut at the centre: a wide picture loses its left and right."""
+    wide = torch.zeros(3, 10, 40)
+    wide[0, :, 15:25] = 1  # red in the middle, where a square picture looks
+    result = composite(torch.zeros(3, 20, 20), torch.zeros(20, 20), wide)
+    assert result[0, :, 4:16].min() > 0.99 and result[1].max() == 0
+
+
+def test_parse_background(tmp_path):
+    assert parse_background("white").flatten().tolist() == [1, 1, 1]
+    assert to_uint8(parse_background("#1a2b3c")).flatten().tolist() == [0x1A, 0x2B, 0x3C]
+    assert to_uint8(parse_background((1, 2, 3))).flatten().tolist() == [1, 2, 3]
+    picture = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
+    picture.save(tmp_path / "red.png")
+    for source in (picture, tmp_path / "red.png", str(tmp_path / "red.png")):
+        assert torch.equal(to_uint8(parse_background(source)).permute(1, 2, 0), torch.from_numpy(np.array(picture)))
+    with pytest.raises(ValueError, match="neither a colour"):
+        parse_background("reddish")
+    with pytest.raises(ValueError, match="three integers"):
+        parse_background((1, 2, 300))
+
+
+def test_cut_out():
+    image = Image.fromarray(np.full((30, 40, 3), 200, np.uint8))
+    alpha = Image.fromarray(to_uint8(disc(30, 40, 5)[0]).numpy())
+    for refine in (True, False):
+        result = cut_out(image, alpha, refine)
+        assert result.mode == "RGBA" and np.array_equal(np.asarray(result)[..., 3], np.asarray(alpha))
+        assert (np.asarray(result)[np.asarray(alpha) == 255][:, :3] == 200).all()
+    with pytest.raises(ValueError, match="must agree"):
+        cut_out(image, alpha.resize((10, 10)))
