@@ -11,9 +11,6 @@ from safetensors.torch import load_file, save_file
 from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
 
 
-torch.set_num_threads(2)
-
-
 def tiny_settings(**changes) -> dict:
     """Keyword arguments of a BiRefNetConfig whose network has some 100 000 parameters."""
     settings = {

@@ -1,0 +1,83 @@
+"""Runs what the README shows, with a tiny checkpoint in place of the released one."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", README, flags=re.DOTALL)
+PYTHON = [code for language, code in BLOCKS if language == "python"]
+COMMANDS = [
+    line.partition("#")[0].strip() if "#" in line and '"' not in line else line.strip()
+    for language, code in BLOCKS
+    if language == "bash"
+    for line in code.splitlines()
+    if re.match(r"birefnet |python scripts/", line)
+]
+
+
+@pytest.fixture
+def workplace(tmp_path, tiny_model_dir, monkeypatch):
+    """A folder with the files that the README names; returns a function that puts the tiny checkpoint into a text."""
+    import torch
+    from safetensors.torch import load_file
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    with Image.open(ROOT / "space" / "examples" / "chelsea_cat.png") as photo:
+        for name in ("photo.jpg", "other.jpg", "photos/a.jpg", "photos/b.jpg"):
+            photo.convert("RGB").resize((113, 75)).save(tmp_path / name)
+    (tmp_path / "my-birefnet").symlink_to(tiny_model_dir)
+    torch.save(load_file(tiny_model_dir / "model.safetensors"), tmp_path / "epoch_244.pth")
+    return lambda text: text.replace("ZhengPeng7/BiRefNet", str(tiny_model_dir))
+
+
+def test_the_readme_has_what_is_tested():
+    assert len(PYTHON) >= 6 and len(COMMANDS) >= 7
+
+
+@pytest.mark.parametrize("index", range(len(PYTHON)))
+def test_python_blocks(index, workplace):
+    code = workplace(PYTHON[index])
+    if "save_pretrained" in code:
+        Path("my-birefnet").unlink()
+    exec(compile(code, f"README block {index}", "exec"), {})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands(command, workplace, tiny_model_dir):
+    arguments = shlex.split(workplace(command))
+    if arguments[0] == "birefnet":
+        program = [sys.executable, "-c", "from birefnet_hf.cli import main; main()"]
+        if "--model" in arguments:
+            arguments[arguments.index("--model") + 1] = str(tiny_model_dir)
+        elif "--help" not in arguments:
+            arguments += ["--model", str(tiny_model_dir)]
+    else:
+        program = [sys.executable, str(ROOT / arguments[1])]
+        arguments = arguments[1:]
+        if "my-birefnet" in arguments and "epoch_244.pth" in arguments:
+            Path("my-birefnet").unlink()
+    result = subprocess.run([*program, *arguments[1:]], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+def test_checkpoint_table_is_complete():
+    from birefnet_hf.checkpoints_birefnet import CHECKPOINTS
+
+    for checkpoint in CHECKPOINTS:
+        size = (
+            f"{checkpoint.size[0]} × {checkpoint.size[1]}"
+            if checkpoint.size
+            else "any, {} to {}".format(*checkpoint.size_range)
+        )
+        link = f"[{checkpoint.hub_id}](https://huggingface.co/{checkpoint.hub_id})"
+        row = (checkpoint.alias, link, checkpoint.backbone, size, checkpoint.purpose, checkpoint.licence)
+        assert "| " + " | ".join(row) + " |" in README
