@@ -113,7 +113,7 @@ class BiRefNetSwinAttention(nn.Module):
 
         The grid is padded to a multiple of the window before the shift. Padded tokens take part unmasked with a value
         of zero before the qkv projection, as in the reference, so that their query, key and value are its bias: the
-        projections themselves run on real tokens only.
+        projection of all tokens runs on real ones only.
 
         Args:
             hidden_states: (B, H, W, C).
@@ -130,7 +130,9 @@ class BiRefNetSwinAttention(nn.Module):
         qkv = self.qkv(hidden_states)  # (B, H, W, 3C)
         if pad_height or pad_width:
             real = qkv
-            qkv = self.qkv.bias.to(real.dtype).expand(batch_size, padded_height, padded_width, -1).clone()
+            # The bias, asked of the module because adapters and offloaded weights take effect when it is called.
+            padding = self.qkv(hidden_states.new_zeros(1, 1, 1, channels))
+            qkv = padding.expand(batch_size, padded_height, padded_width, -1).clone()
             qkv[:, :height, :width] = real
         if shift:
             qkv = torch.roll(qkv, shifts=(-shift, -shift), dims=(1, 2))

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from transformers import GradientCheckpointingLayer
 from transformers.utils import is_timm_available
 
 from .configuration_birefnet import BiRefNetConfig
@@ -50,6 +51,13 @@ def create_timm_model(name: str, **kwargs) -> nn.Module:
     return timm.create_model(TIMM_NAMES[name], pretrained=False, **kwargs)
 
 
+class BiRefNetCheckpointedCall(GradientCheckpointingLayer):
+    """Calls another module's block, and recomputes it in the backward pass where gradient checkpointing is on."""
+
+    def forward(self, hidden_states: torch.Tensor, block: nn.Module, *args) -> torch.Tensor:
+        return block(hidden_states, *args)
+
+
 class BiRefNetPvtBackbone(nn.Module):
     """Pyramid Vision Transformer v2 (Wang et al., arXiv 2106.13797), its parts under their numbers 1 to 4."""
 
@@ -60,9 +68,19 @@ class BiRefNetPvtBackbone(nn.Module):
         self.patch_embeds = nn.ModuleDict({str(i): embedding for i, embedding in enumerate(embeddings, start=1)})
         self.blocks = nn.ModuleDict({str(i): stage.blocks for i, stage in enumerate(model.stages, start=1)})
         self.norms = nn.ModuleDict({str(i): stage.norm for i, stage in enumerate(model.stages, start=1)})
+        self.call_block = BiRefNetCheckpointedCall()
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> list[torch.Tensor]:
-        """(B, 3, H, W) → four maps (B, C_i, H/4.., W/4..), fine to coarse."""
+        """(B, 3, H, W) → four maps (B, C_i, H/4.., W/4..), fine to coarse.
+
+        Raises:
+            ValueError: a side is below 32 pixels, less than one reduced key of the first stage's attention.
+        """
+        if min(pixel_values.shape[-2:]) < 32:
+            raise ValueError(
+                f"PVTv2 got an image of {tuple(pixel_values.shape[-2:])} pixels and needs 32 at least: give the network "
+                "images of at least 64, since it sees them at half size as well."
+            )
         feature_map = pixel_values
         feature_maps = []
         for index, patch_embed in self.patch_embeds.items():
@@ -70,7 +88,7 @@ class BiRefNetPvtBackbone(nn.Module):
             batch_size, height, width, channels = tokens.shape
             tokens = tokens.reshape(batch_size, height * width, channels)
             for block in self.blocks[index]:
-                tokens = block(tokens, (height, width))
+                tokens = self.call_block(tokens, block, (height, width))
             tokens = self.norms[index](tokens)
             feature_map = tokens.reshape(batch_size, height, width, channels).permute(0, 3, 1, 2).contiguous()
             feature_maps.append(feature_map)
@@ -88,6 +106,15 @@ class BiRefNetDinoV3Backbone(nn.Module):
         self.model = features.model
         self.block_indices = list(DINO_V3_BLOCKS[config.backbone])
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether timm recomputes the blocks in the backward pass; the library's switch finds and sets it by name."""
+        return self.model.grad_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
+        self.model.set_grad_checkpointing(enable)
+
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> list[torch.Tensor]:
         """(B, 3, H, W) → four maps (B, C, H/16, W/16); H and W are multiples of 16."""
         return self.model.forward_intermediates(
@@ -96,7 +123,10 @@ class BiRefNetDinoV3Backbone(nn.Module):
 
 
 class BiRefNetConvBackbone(nn.Module):
-    """ResNet-50 or VGG-16, in four stages."""
+    """ResNet-50 or VGG-16, in four stages.
+
+    No gradient checkpointing: to compute a batch normalisation twice is to count the batch twice in its statistics.
+    """
 
     def __init__(self, config: BiRefNetConfig):
         super().__init__()

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput, auto_docstring, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .backbone_swin_birefnet import BiRefNetSwinAttention, BiRefNetSwinBackbone, relative_position_index
@@ -124,22 +125,42 @@ class BiRefNetBatchNorm2d(nn.BatchNorm2d):
         return super().forward(hidden_states)
 
 
+class BiRefNetModulatedConv2d(nn.Conv2d):
+    """A convolution that samples its input at displaced and modulated positions, see `deform_conv2d`."""
+
+    def forward(self, hidden_states: torch.Tensor, offset: torch.Tensor, modulator: torch.Tensor) -> torch.Tensor:
+        # Under autocast offsets arrive in half precision while the input may still be float32.
+        dtype = offset.dtype
+        return deform_conv2d(hidden_states.to(dtype), offset, modulator, self.weight.to(dtype))
+
+
+class BiRefNetZeroConv2d(nn.Conv2d):
+    """A convolution that starts at zero."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
 class BiRefNetDeformableConv(nn.Module):
-    """Deformable convolution v2 whose offsets and modulators are convolutions of its own input."""
+    """Deformable convolution v2 whose offsets and modulators are convolutions of its own input.
+
+    It starts as a plain convolution: no displacement, all taps weighted 2 * sigmoid(0) = 1.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__()
         padding = kernel_size // 2
-        self.offset_conv = nn.Conv2d(in_channels, 2 * kernel_size**2, kernel_size, padding=padding)
-        self.modulator_conv = nn.Conv2d(in_channels, kernel_size**2, kernel_size, padding=padding)
-        self.regular_conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, bias=False)
+        self.offset_conv = BiRefNetZeroConv2d(in_channels, 2 * kernel_size**2, kernel_size, padding=padding)
+        self.modulator_conv = BiRefNetZeroConv2d(in_channels, kernel_size**2, kernel_size, padding=padding)
+        self.regular_conv = BiRefNetModulatedConv2d(
+            in_channels, out_channels, kernel_size, padding=padding, bias=False
+        )
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         offset = self.offset_conv(hidden_states)
         modulator = 2 * self.modulator_conv(hidden_states).sigmoid()
-        # Under autocast the convolutions above return half precision while the input may still be float32.
-        dtype = offset.dtype
-        return deform_conv2d(hidden_states.to(dtype), offset, modulator, self.regular_conv.weight.to(dtype))
+        return self.regular_conv(hidden_states, offset, modulator)
 
 
 class BiRefNetConvNormReLU(nn.Module):
@@ -372,9 +393,18 @@ class BiRefNetDecoder(nn.Module):
         convolution commutes with the resizing and with the image branch's last convolution, so that here only one
         channel is resized and one is computed: the same numbers without the full-size maps of C channels.
         """
+        size = image.shape[-2:]
+        convs = [self.mask_head] if self.inward_reference is None else [self.mask_head, self.inward_reference.conv_out]
+        if any(type(conv) is not nn.Conv2d or conv.weight.is_meta for conv in convs):
+            # Adapters and offloaded weights take effect when their module is called, so the modules are.
+            features = [resize(hidden_states, size)]
+            if self.inward_reference is not None:
+                features.append(self.inward_reference(image, size))
+            return self.mask_head(torch.cat(features, dim=1))
+
         weight, bias = self.mask_head.weight, self.mask_head.bias
         channels = hidden_states.shape[1]
-        logits = resize(F.conv2d(hidden_states, weight[:, :channels].to(hidden_states.dtype)), image.shape[-2:])
+        logits = resize(F.conv2d(hidden_states, weight[:, :channels].to(hidden_states.dtype)), size)
         if self.inward_reference is None:
             return logits + bias[:, None, None]
         conv_out = self.inward_reference.conv_out
@@ -394,7 +424,14 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # The batch is divided by the accumulation steps outside: the loss takes no num_items_in_batch.
     accepts_loss_kwargs = False
-    _no_split_modules = ["BiRefNetSwinBlock", "BiRefNetDecoderLevel"]
+    # Within these, maps of several levels meet: each stays on one device.
+    _no_split_modules = [
+        "BiRefNetSwinBackbone",
+        "BiRefNetPvtBackbone",
+        "BiRefNetDinoV3Backbone",
+        "BiRefNetConvBackbone",
+        "BiRefNetDecoder",
+    ]
     _supports_sdpa = True
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected = [IGNORED_TENSORS.pattern]
@@ -420,11 +457,6 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
         elif isinstance(module, BiRefNetSwinAttention):
             init.trunc_normal_(module.relative_position_bias_table, std=self.config.initializer_range)
             init.copy_(module.relative_position_index, relative_position_index(module.window_size))
-        elif isinstance(module, BiRefNetDeformableConv):
-            # Starts as a plain convolution: no displacement, all taps weighted 2 * sigmoid(0) = 1.
-            for conv in (module.offset_conv, module.modulator_conv):
-                init.zeros_(conv.weight)
-                init.zeros_(conv.bias)
         elif hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()  # timm's rotary tables, which no file holds
 
@@ -490,6 +522,10 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
         if config.freeze_backbone:
             self.backbone.requires_grad_(False)
 
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's first convolution: where training of adapters lets gradients begin."""
+        return next(module for module in self.backbone.modules() if isinstance(module, nn.Conv2d))
+
     def _squeeze_block(self, in_channels: int) -> nn.Module:
         kind, out_channels = self.config.squeeze_block, self.config.feature_channels[3]
         if kind in ("basic", "residual"):
@@ -524,9 +560,9 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         labels: torch.Tensor | None = None,
-        class_labels: torch.Tensor | None = None,
+        class_ids: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BiRefNetImageSegmentationOutput:
         r"""
         pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`):
@@ -535,8 +571,9 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
             are cut back to `(height, width)`.
         labels (`torch.Tensor` of shape `(batch_size, 1, height, width)` or `(batch_size, height, width)`, *optional*):
             Masks in [0, 1], soft or binary, of any size; `loss` is returned.
-        class_labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-            Classes for the auxiliary classification head.
+        class_ids (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Classes for the auxiliary classification head. Not called labels, since Trainer evaluates a loss only where
+            a batch holds every argument that is.
         output_hidden_states (`bool`, *optional*):
             Whether to return the feature maps of encoder and decoder.
 
@@ -560,7 +597,7 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
                 f"pixel_values has shape {tuple(pixel_values.shape)}; BiRefNet takes (batch_size, 3, height, width)."
             )
         height, width = pixel_values.shape[-2:]
-        image = pad_to_divisor(pixel_values.to(self.dtype))
+        image = pad_to_divisor(pixel_values.to(self.get_input_embeddings().weight.dtype))
 
         feature_maps = self.encode(image, **kwargs)
         squeezed = self.squeeze(feature_maps)
@@ -585,7 +622,7 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
                 gradient_logits=gradient_logits,
                 gradient_targets=gradient_targets,
                 class_logits=class_logits,
-                class_labels=class_labels,
+                class_labels=class_ids,
             )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

@@ -1,0 +1,182 @@
+"""The two implementations of the deformable convolution against each other and against loops written out."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from birefnet_hf import ops_birefnet
+from birefnet_hf.ops_birefnet import deform_conv2d
+
+
+IMPLEMENTATIONS = ("torchvision", "gather")
+
+
+def random_inputs(
+    shape: tuple[int, int, int, int], kernel_size: int, out_channels: int = 5, reach: float = 3.0, **kwargs
+) -> list[torch.Tensor]:
+    """Map, offsets, modulators and kernel; `reach` is the offsets' standard deviation in pixels.
+
+    Offsets keep away from whole pixels, where bilinear sampling has kinks and rounding decides on the derivative.
+    """
+    generator = torch.Generator().manual_seed(math.prod(shape) + kernel_size)
+    batch_size, channels, height, width = shape
+    taps = kernel_size**2
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator)
+
+    offset = reach * normal(batch_size, 2 * taps, height, width)
+    tensors = [
+        normal(*shape),
+        offset.floor() + 0.2 + 0.6 * (offset - offset.floor()),
+        2 * normal(batch_size, taps, height, width).sigmoid(),
+        normal(out_channels, channels, kernel_size, kernel_size) / taps,
+    ]
+    return [tensor.to(**kwargs) for tensor in tensors]
+
+
+def loops(feature_map, offset, modulator, weight) -> torch.Tensor:
+    """The definition: for every output pixel and tap, four neighbours by hand."""
+    batch_size, _, height, width = feature_map.shape
+    kernel_size = weight.shape[-1]
+    output = torch.zeros(batch_size, weight.shape[0], height, width, dtype=feature_map.dtype)
+    for image in range(batch_size):
+        for row in range(height):
+            for column in range(width):
+                for tap in range(kernel_size**2):
+                    y = row + tap // kernel_size - kernel_size // 2 + offset[image, 2 * tap, row, column].item()
+                    x = column + tap % kernel_size - kernel_size // 2 + offset[image, 2 * tap + 1, row, column].item()
+                    sample = torch.zeros(feature_map.shape[1], dtype=feature_map.dtype)
+                    for near_y in (math.floor(y), math.floor(y) + 1):
+                        for near_x in (math.floor(x), math.floor(x) + 1):
+                            if 0 <= near_y < height and 0 <= near_x < width:
+                                share = (1 - abs(y - near_y)) * (1 - abs(x - near_x))
+                                sample += share * feature_map[image, :, near_y, near_x]
+                    kernel = weight[:, :, tap // kernel_size, tap % kernel_size]
+                    output[image, :, row, column] += modulator[image, tap, row, column] * (kernel @ sample)
+    return output
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_definition(implementation):
+    inputs = random_inputs((2, 3, 5, 4), kernel_size=3, dtype=torch.float64)
+    torch.testing.assert_close(deform_conv2d(*inputs, implementation), loops(*inputs), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_without_offsets_it_is_a_convolution(implementation, kernel_size):
+    feature_map, offset, modulator, weight = random_inputs((2, 3, 9, 6), kernel_size)
+    output = deform_conv2d(feature_map, 0 * offset, torch.ones_like(modulator), weight, implementation)
+    torch.testing.assert_close(output, F.conv2d(feature_map, weight, padding="same"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (3, 6, 13, 7), (2, 3, 1, 1), (1, 1, 1, 9), (2, 2, 5, 1)])
+def test_implementations_agree(shape, kernel_size):
+    """Outputs and all four gradients in float32."""
+    results = {}
+    for implementation in IMPLEMENTATIONS:
+        inputs = [tensor.requires_grad_() for tensor in random_inputs(shape, kernel_size)]
+        output = deform_conv2d(*inputs, implementation)
+        assert output.shape == (shape[0], 5, *shape[2:])
+        probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+        results[implementation] = [output, *torch.autograd.grad((output * probe).sum(), inputs)]
+    for actual, expected in zip(results["gather"], results["torchvision"], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)], ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_half_precision(implementation, dtype, tolerance):
+    """Against float64 on the same, already rounded, inputs: only the computation's own rounding is left."""
+    if implementation == "torchvision" and dtype is torch.bfloat16:
+        pytest.skip("torchvision's CPU operator does not know bfloat16")
+    if implementation == "torchvision":
+        tolerance = 5e-2  # it computes positions in half precision
+    inputs = random_inputs((2, 6, 12, 11), kernel_size=3, dtype=dtype)
+    exact = [tensor.double().requires_grad_() for tensor in inputs]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    output, expected = deform_conv2d(*inputs, implementation), deform_conv2d(*exact, "torchvision")
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.double(), expected, rtol=0, atol=tolerance)
+    output.float().sum().backward()
+    expected.sum().backward()
+    for actual, wanted in zip(inputs, exact, strict=True):
+        assert actual.grad.dtype == dtype
+        scale = wanted.grad.abs().max().item()
+        torch.testing.assert_close(actual.grad.double(), wanted.grad, rtol=0, atol=2 * tolerance * scale)
+
+
+@pytest.mark.parametrize("value", [1e9, -1e9, 3e38, math.inf, -math.inf])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_far_outside_there_are_zeros(implementation, value):
+    """A tap that is moved out of the image contributes nothing, however far; its neighbours are as they were."""
+    feature_map, offset, modulator, weight = random_inputs((1, 3, 6, 6), kernel_size=3)
+    muted = modulator.clone()
+    muted[:, 4, 2, 2] = 0
+    for axis in (0, 1):
+        moved = offset.clone()
+        moved[:, 8 + axis, 2, 2] = value
+        output = deform_conv2d(feature_map, moved, modulator, weight, implementation)
+        expected = deform_conv2d(feature_map, offset, muted, weight, implementation)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_not_a_number_stays_where_it_is():
+    """Overflow in half precision ends in NaN, which must neither crash nor reach other pixels."""
+    feature_map, offset, modulator, weight = random_inputs((2, 3, 6, 6), kernel_size=3)
+    offset[1, 8, 2, 3] = math.nan
+    undefined = deform_conv2d(feature_map, offset, modulator, weight, "gather").isnan().any(dim=1)
+    assert undefined.nonzero().tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_memory_layout_does_not_matter(implementation):
+    inputs = random_inputs((2, 4, 7, 9), kernel_size=3)
+    expected = deform_conv2d(*inputs, implementation)
+    channels_last = [tensor.to(memory_format=torch.channels_last) for tensor in inputs]
+    torch.testing.assert_close(deform_conv2d(*channels_last, implementation), expected, rtol=1e-5, atol=1e-5)
+    strided = [tensor.repeat_interleave(2, dim=-1)[..., ::2] for tensor in inputs]
+    torch.testing.assert_close(deform_conv2d(*strided, implementation), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_do_not_matter(monkeypatch):
+    inputs = random_inputs((2, 4, 20, 17), kernel_size=3)
+    whole = deform_conv2d(*inputs, "gather")
+    monkeypatch.setattr(ops_birefnet, "GATHER_CHUNK_BYTES", 1)  # the smallest chunks: 64 of the 340 pixels
+    torch.testing.assert_close(deform_conv2d(*inputs, "gather"), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_are_the_derivatives(implementation):
+    """Numerically, in float64."""
+    inputs = random_inputs((1, 2, 3, 4), 3, out_channels=2, dtype=torch.float64)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    assert torch.autograd.gradcheck(lambda *args: deform_conv2d(*args, implementation), inputs)
+
+
+def test_choice_of_implementation(monkeypatch):
+    inputs = random_inputs((1, 2, 4, 4), kernel_size=3)
+    chosen = []
+    original = ops_birefnet.torchvision_deform_conv2d
+    monkeypatch.setattr(
+        ops_birefnet, "torchvision_deform_conv2d", lambda *a, **k: chosen.append("torchvision") or original(*a, **k)
+    )
+    eager = deform_conv2d(*inputs)
+    assert not chosen  # on a CPU: gather
+    exported = torch.export.export(Operator(), tuple(inputs), strict=False)
+    assert chosen and "torchvision.deform_conv2d" in str(exported.graph)
+    torch.testing.assert_close(exported.module()(*inputs), eager, rtol=1e-5, atol=1e-5)
+
+
+class Operator(torch.nn.Module):
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return deform_conv2d(*inputs)
+
+
+def test_unknown_implementation():
+    with pytest.raises(ValueError, match="'cuda' must be 'auto', 'torchvision' or 'gather'"):
+        deform_conv2d(*random_inputs((1, 2, 4, 4), kernel_size=3), implementation="cuda")

@@ -1,0 +1,413 @@
+"""The background-removal pipeline, the stock image-segmentation pipeline, and `load_pipeline`, which builds both."""
+
+import json
+import logging
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
+from transformers import ImageSegmentationPipeline, pipeline
+from transformers.pipelines.pt_utils import KeyDataset
+from transformers.utils import logging as transformers_logging
+
+from birefnet_hf import (
+    BackgroundRemovalPipeline,
+    BiRefNetForImageSegmentation,
+    BiRefNetImageProcessor,
+    load_pipeline,
+)
+from birefnet_hf.image_loading import ImageLoadError
+
+
+def photo(width: int = 90, height: int = 60, seed: int = 0) -> Image.Image:
+    """A bright disc with a soft edge on a dark gradient, with some noise."""
+    y, x = np.mgrid[0:height, 0:width]
+    distance = np.hypot(x - width / 2, y - height / 2) / min(width, height)
+    disc = np.clip((0.35 - distance) * 10, 0, 1)[..., None]
+    background = np.stack([40 + 60 * x / width, 40 + 60 * y / height, 60 + 0 * x], axis=-1)
+    noise = np.random.default_rng(seed).normal(0, 8, size=(height, width, 3))
+    return Image.fromarray(np.clip(disc * (230, 120, 30) + (1 - disc) * background + noise, 0, 255).astype(np.uint8))
+
+
+def difference(first: Image.Image, second: Image.Image) -> int:
+    """Largest difference of two images of one size and mode, in levels of 256."""
+    assert (first.mode, first.size) == (second.mode, second.size)
+    return int(np.abs(np.asarray(first).astype(int) - np.asarray(second)).max())
+
+
+@pytest.fixture(scope="module")
+def seeing_model_dir(tiny_model_dir, tmp_path_factory) -> Path:
+    """The tiny network with its last layer turned into a detector of red, so that masks follow the picture."""
+    model = BiRefNetForImageSegmentation.from_pretrained(tiny_model_dir)
+    reference = model.decoder.inward_reference
+    with torch.no_grad():
+        model.decoder.mask_head.weight.zero_()
+        model.decoder.mask_head.weight[:, -1] = 1
+        model.decoder.mask_head.bias.fill_(-1.0)
+        for conv in (reference.conv_in, reference.conv_out):
+            conv.weight.zero_()
+            conv.bias.zero_()
+        reference.conv_in.weight[0, 0, 1, 1] = 1
+        reference.conv_out.weight[-1, 0, 1, 1] = 3
+    folder = tmp_path_factory.mktemp("models") / "seeing"
+    model.save_pretrained(folder)
+    BiRefNetImageProcessor.from_pretrained(tiny_model_dir).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(seeing_model_dir) -> BackgroundRemovalPipeline:
+    return load_pipeline(seeing_model_dir, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def dynamic_pipe(seeing_model_dir) -> BackgroundRemovalPipeline:
+    """For a checkpoint that takes images of any size between 32 and 96."""
+    return load_pipeline(seeing_model_dir, device="cpu", size={"shortest_edge": 32, "longest_edge": 96})
+
+
+# Outputs
+
+
+def test_mask_is_the_alpha_of_the_processor(pipe):
+    image = photo()
+    inputs = pipe.image_processor(image, return_tensors="pt")
+    with torch.inference_mode():
+        outputs = pipe.model(**inputs)
+    [alpha] = pipe.image_processor.post_process_alpha(outputs, target_sizes=[(60, 90)])
+    mask = pipe(image, output_type="mask")
+    assert (mask.mode, mask.size) == ("L", (90, 60))
+    assert np.abs(np.asarray(mask) - alpha.numpy() * 255).max() <= 0.5 + 1e-3
+    values = np.unique(np.asarray(mask))
+    assert len(values) > 50  # soft
+    # The network never says exactly 0 or 1 here; a stretched mask would.
+    assert values[0] > 0
+    assert values[-1] < 255
+
+
+def test_cutout(pipe):
+    image = photo()
+    mask, cutout = pipe(image, output_type="mask"), pipe(image)
+    assert (cutout.mode, cutout.size) == ("RGBA", image.size)
+    assert difference(cutout.getchannel("A"), mask) == 0
+    plain = pipe(image, refine_foreground=False)
+    assert difference(plain.getchannel("A"), mask) == 0
+    assert difference(plain.convert("RGB"), image) == 0
+
+
+def test_refined_colours_lose_the_background(pipe):
+    """Half transparent pixels of a red object on green hold green; the estimate holds less, inside nothing changes."""
+    alpha = np.clip((np.arange(256) - 124) / 8, 0, 1)[None, :, None] * np.ones((256, 1, 1))
+    image = Image.fromarray((alpha * (255, 0, 0) + (1 - alpha) * (0, 255, 0)).round().astype(np.uint8))
+    plain, refined = np.asarray(pipe(image, refine_foreground=False)), np.asarray(pipe(image))
+    rim = (plain[..., 3] > 50) & (plain[..., 3] < 205)
+    assert rim.sum() > 256
+    assert refined[rim, 1].mean() < 0.4 * plain[rim, 1].mean()
+    assert refined[rim, 0].mean() > 1.5 * plain[rim, 0].mean()
+    assert np.array_equal(refined[:, 200:], plain[:, 200:])
+    composite = np.asarray(pipe(image, background="white"))
+    assert (
+        composite[rim, 1].mean() < np.asarray(pipe(image, background="white", refine_foreground=False))[rim, 1].mean()
+    )
+
+
+def test_composite_on_a_colour(pipe):
+    image = photo()
+    cutout = pipe(image)
+    composite = pipe(image, background="#0000ff")
+    assert (composite.mode, composite.size) == ("RGB", image.size)
+    expected = Image.new("RGBA", image.size, (0, 0, 255, 255))
+    expected.alpha_composite(cutout)
+    assert difference(composite, expected.convert("RGB")) <= 2
+    assert difference(pipe(image, output_type="composite", background=(0, 0, 255)), composite) == 0
+
+
+def test_composite_on_an_image(pipe, tmp_path):
+    image = photo()
+    backdrop = Image.linear_gradient("L").convert("RGB")
+    backdrop.save(tmp_path / "backdrop.png")
+    composite = pipe(image, background=tmp_path / "backdrop.png")
+    assert (composite.mode, composite.size) == ("RGB", image.size)
+    assert difference(composite, pipe(image, background=backdrop)) == 0
+    corner = np.asarray(composite)[0, 0].astype(int)
+    assert np.abs(corner - np.asarray(pipe(image, background="white"))[0, 0]).max() > 30
+
+
+def test_defaults_of_the_constructor_give_way_to_the_call(seeing_model_dir):
+    image = photo()
+    pipe = load_pipeline(seeing_model_dir, device="cpu", background="white", refine_foreground=False, batch_size=2)
+    assert pipe(image).mode == "RGB"
+    assert pipe(image, output_type="mask").mode == "L"
+    assert difference(pipe(image, output_type="cutout").convert("RGB"), image) == 0
+
+
+def test_contradictions_are_refused(pipe, tiny_model_dir):
+    for options, message in (
+        ({"output_type": "rgba"}, "output_type='rgba' is unknown"),
+        ({"output_type": "mask", "background": "white"}, "has no background"),
+        ({"output_type": "composite"}, "needs a `background`"),
+        ({"background": "whitish"}, "whitish"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(photo(), **options)
+    with pytest.raises(TypeError, match="treshold"):
+        load_pipeline(tiny_model_dir, device="cpu", treshold=0.5)
+
+
+def test_size_of_one_call(pipe):
+    image = photo(200, 200)
+    small, large = pipe(image, output_type="mask"), pipe(image, output_type="mask", size=(192, 128))
+    assert difference(small, large) > 5
+    assert difference(pipe(image, output_type="mask"), small) == 0  # the setting did not stay
+
+
+def test_wide_gamut_survives(pipe, tmp_path):
+    """A camera's colour profile goes into the result, or its colours would look dull; that of a CMYK image must not."""
+    for space, expected in ((b"RGB ", True), (b"CMYK", False)):
+        profile = bytes(16) + space + bytes(108)
+        image = photo().convert("RGB" if expected else "CMYK")
+        image.info["icc_profile"] = profile
+        for options in ({}, {"background": "white"}):
+            pipe(image, **options).save(tmp_path / "out.png")
+            with Image.open(tmp_path / "out.png") as saved:
+                assert (saved.info.get("icc_profile") == profile) == expected
+        assert "icc_profile" not in pipe(image, output_type="mask").info
+
+
+# Inputs
+
+
+def test_every_kind_of_image(pipe, tmp_path):
+    image = photo()
+    image.save(tmp_path / "photo.png")
+    expected = pipe(image)
+    for source in (tmp_path / "photo.png", str(tmp_path / "photo.png"), np.asarray(image), image.convert("RGBA")):
+        assert difference(pipe(source), expected) == 0
+    for mode in ("L", "LA", "P", "1", "CMYK", "I;16", "I", "F", "HSV", "YCbCr"):
+        converted = Image.fromarray(np.full((60, 90), 999, np.uint16)) if mode == "I;16" else image.convert(mode)
+        assert pipe(converted).size == image.size, mode
+
+
+def test_exif_orientation(pipe, seeing_model_dir, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise for display
+    image = photo(90, 60)
+    image.save(tmp_path / "turned.png", exif=exif)
+    upright = image.transpose(Image.Transpose.ROTATE_270)
+    expected = pipe(upright)
+    assert difference(pipe(tmp_path / "turned.png"), expected) == 0
+    with Image.open(tmp_path / "turned.png") as opened:
+        assert difference(pipe(opened), expected) == 0
+    stock = load_pipeline(seeing_model_dir, task="image-segmentation", device="cpu")
+    with Image.open(tmp_path / "turned.png") as opened:
+        for source in (str(tmp_path / "turned.png"), opened):
+            assert stock(source)[0]["mask"].size == (60, 90)
+
+
+def test_unreadable_input_is_named(pipe, tmp_path):
+    photo().save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ImageLoadError, match="half.jpg"):
+        pipe([tmp_path / "whole.jpg", tmp_path / "half.jpg"])
+    with pytest.raises(ImageLoadError, match="missing.jpg"):
+        pipe(tmp_path / "missing.jpg")
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_lists(pipe, dynamic_pipe, batch_size):
+    images = [photo(90, 60), photo(40, 80, seed=1), photo(90, 60, seed=2), photo(1, 1), photo(64, 64, seed=3)]
+    for network in (pipe, dynamic_pipe):
+        singles = [network(image) for image in images]
+        for inputs in (images, tuple(images)):
+            results = network(inputs, batch_size=batch_size)
+            assert isinstance(results, list)
+            for single, result in zip(singles, results, strict=True):
+                assert difference(single, result) <= 1
+    assert pipe([]) == []
+
+
+@pytest.mark.parametrize(
+    "make", [lambda images: (image for image in images), iter, lambda images: map(np.asarray, images)]
+)
+def test_streams_are_read_as_results_are_asked_for(pipe, make):
+    read = []
+
+    def stream():
+        for index in range(20):
+            read.append(index)
+            yield photo(seed=index)
+
+    results = pipe(make(stream()), batch_size=2, output_type="mask")
+    first = next(iter(results))
+    assert difference(first, pipe(photo(seed=0), output_type="mask")) <= 1
+    assert len(read) <= 6
+    assert len(list(pipe(make([photo()] * 3), batch_size=2))) == 3
+    assert list(pipe(make([]))) == []
+
+
+def test_streams_need_bounded_memory(pipe):
+    references, most_alive = [], 0
+
+    def stream():
+        nonlocal most_alive
+        for index in range(12):
+            image = photo(seed=index)
+            references.append(weakref.ref(image))
+            most_alive = max(most_alive, sum(reference() is not None for reference in references))
+            yield image
+
+    assert sum(1 for _ in pipe(stream(), batch_size=2)) == 12
+    assert most_alive <= 4
+
+
+class Photos(Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return {"image": photo(seed=index)}
+
+
+class PhotoStream(IterableDataset):
+    def __iter__(self):
+        return (photo(seed=index) for index in range(3))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_datasets(pipe, num_workers):
+    expected = [pipe(photo(seed=index)) for index in range(3)]
+    for dataset in (KeyDataset(Photos(), "image"), PhotoStream()):
+        results = list(pipe(dataset, batch_size=2, num_workers=num_workers))
+        for result, single in zip(results, expected, strict=True):
+            assert difference(result, single) <= 1
+
+
+# Building
+
+
+@pytest.fixture
+def library_log(caplog):
+    """Warnings and errors of Transformers, whose loggers do not propagate of themselves."""
+    transformers_logging.enable_propagation()
+    with caplog.at_level(logging.WARNING):
+        yield caplog
+    transformers_logging.disable_propagation()
+
+
+def test_registered_task(tiny_model_dir, library_log):
+    expected = load_pipeline(tiny_model_dir, device="cpu")(photo())
+    by_task = pipeline("background-removal", model=str(tiny_model_dir), device="cpu")
+    by_class = pipeline(
+        "image-segmentation", model=str(tiny_model_dir), pipeline_class=BackgroundRemovalPipeline, device="cpu"
+    )
+    model = BiRefNetForImageSegmentation.from_pretrained(tiny_model_dir)
+    by_object = pipeline("background-removal", model=model, device="cpu")
+    for pipe in (by_task, by_class, by_object):
+        assert isinstance(pipe, BackgroundRemovalPipeline)
+        assert difference(pipe(photo()), expected) == 0
+    assert not library_log.records
+
+
+def test_stock_pipeline(seeing_model_dir, library_log):
+    model = BiRefNetForImageSegmentation.from_pretrained(seeing_model_dir)
+    processor = BiRefNetImageProcessor.from_pretrained(seeing_model_dir)
+    stocks = [
+        pipeline("image-segmentation", model=str(seeing_model_dir), device="cpu"),
+        pipeline("image-segmentation", model=model, image_processor=processor, device="cpu"),
+        load_pipeline(seeing_model_dir, task="image-segmentation", device="cpu"),
+        load_pipeline(model, task="image-segmentation"),
+    ]
+    assert not library_log.records
+    for stock in stocks:
+        assert type(stock) is ImageSegmentationPipeline
+        [segment] = stock(photo())
+        assert segment["label"] == "foreground"
+        assert 0.5 < segment["score"] <= 1
+        assert (segment["mask"].mode, segment["mask"].size) == ("L", (90, 60))
+        assert segment["mask"].getpixel((45, 30)) == 255
+        assert segment["mask"].getpixel((0, 0)) == 0
+
+
+def test_released_directory(released_dir, tiny_model_dir):
+    expected = load_pipeline(tiny_model_dir, device="cpu")(photo(), output_type="mask")
+    pipe = load_pipeline(released_dir, device="cpu", size=64)
+    assert pipe.dtype == torch.float32  # also for the float16 file
+    assert difference(pipe(photo(), output_type="mask"), expected) <= 1
+    stock = load_pipeline(released_dir, task="image-segmentation", device="cpu", size=64)
+    assert all(segment["label"] == "foreground" for segment in stock(photo()))
+    assert load_pipeline(released_dir, device="cpu").image_processor.size == {"height": 1024, "width": 1024}
+    other = load_pipeline(released_dir, device="cpu", size=64, patch_order="wg_hg_c")
+    assert other.model.config.patch_order == "wg_hg_c"
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.bfloat16])
+def test_half_precision_on_the_cpu(seeing_model_dir, pipe, dtype):
+    half = load_pipeline(seeing_model_dir, device="cpu", dtype=dtype)
+    assert half.dtype == (torch.float16 if dtype == "float16" else torch.bfloat16)
+    for output_type, background in (("mask", None), ("cutout", None), ("composite", "white")):
+        single = pipe(photo(), output_type=output_type, background=background)
+        assert difference(half(photo(), output_type=output_type, background=background), single) <= 4
+    stock = load_pipeline(seeing_model_dir, task="image-segmentation", device="cpu", dtype=dtype)
+    assert stock(photo())[0]["score"] > 0.5
+
+
+def test_model_object(tiny_config, tiny_model_dir, copy_of):
+    model = BiRefNetForImageSegmentation(tiny_config).train()
+    pipe = load_pipeline(model)
+    assert not pipe.model.training
+    assert not load_pipeline(model.train(), task="image-segmentation").model.training
+    assert not pipeline("background-removal", model=model.train(), device="cpu").model.training
+    assert pipe.image_processor.size == {"height": 64, "width": 64}  # config.image_size
+    assert load_pipeline(model, size=96).image_processor.size == {"height": 96, "width": 96}
+    with pytest.raises(ValueError, match="patch_order"):
+        load_pipeline(model, patch_order="wg_hg_c")
+
+    # The processor of the directory that a model was loaded from belongs to it, as long as it is there.
+    folder = copy_of(tiny_model_dir)
+    BiRefNetImageProcessor(size={"height": 32, "width": 96}).save_pretrained(folder)
+    model = BiRefNetForImageSegmentation.from_pretrained(folder)
+    assert load_pipeline(model).image_processor.size == {"height": 32, "width": 96}
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "config.json").unlink()
+    assert load_pipeline(model).image_processor.size == {"height": 64, "width": 64}
+
+
+def test_save_and_reload_without_remote_code(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    assert "custom_pipelines" not in json.loads((tmp_path / "config.json").read_text())
+    pipe_again = pipeline("background-removal", model=str(tmp_path), device="cpu")
+    assert difference(pipe_again(photo()), pipe(photo())) == 0
+
+
+def test_what_cannot_be_loaded_is_explained(tiny_model_dir, tmp_path):
+    weights = tiny_model_dir / "model.safetensors"
+    for model, options, message in (
+        ("lit", {}, "Did you mean 'lite'"),
+        (tmp_path / "missing", {}, "no directory, no Hub id"),
+        (weights, {}, "convert_checkpoint.py"),
+        (tiny_model_dir, {"task": "depth-estimation"}, "image-segmentation"),
+        (tiny_model_dir, {"device": "gpu"}, "use .cpu., .cuda."),
+        (tiny_model_dir, {"device": 77}, "is not there"),
+        (tiny_model_dir, {"dtype": "half-precision"}, "float16"),
+        (tiny_model_dir, {"size": 100}, "multiples of 32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_pipeline(model, **options)
+
+
+@pytest.mark.gpu
+def test_default_device_and_dtype_of_a_gpu(released_dir):
+    pipe = load_pipeline(released_dir, size=64)
+    assert pipe.device.type == "cuda"
+    assert pipe.dtype == (torch.float16 if "float16" in released_dir.name else torch.float32)
+    on_cpu = load_pipeline(released_dir, device="cpu", size=64)
+    for options in ({"output_type": "mask"}, {}, {"background": "white"}):
+        results = pipe([photo(), photo(40, 80)], batch_size=2, **options)
+        for image, result in zip((photo(), photo(40, 80)), results, strict=True):
+            assert difference(result, on_cpu(image, **options)) <= 4
