@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 from typer.testing import CliRunner
 
-from birefnet_hf import cli
+from birefnet_hf import cli, image_loading
 from birefnet_hf.checkpoints_birefnet import CHECKPOINTS
 from birefnet_hf.cli import Job, Outcome, OutputFormat, app, assign_targets, find_inputs, parse_size, process
 
@@ -424,13 +424,17 @@ def test_a_failing_batch_is_tried_image_by_image(capsys):
     assert "FAILED 2: [Errno 28] No space left on device" in errors
 
 
-def test_url_input(tmp_path, run):
+def test_url_input(tmp_path, run, monkeypatch):
+    """As for every URL, addresses that are not public are refused."""
     write_image(tmp_path / "served" / "tom cat.jpg")
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "served")
     handler.log_message = lambda *args: None
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_port}"
+        code, output = run(f"{address}/tom%20cat.jpg", "-o", tmp_path / "out")
+        assert code == 1 and "not public" in output
+        monkeypatch.setattr(image_loading, "_is_public", lambda address: address == "127.0.0.1")
         code, output = run(f"{address}/tom%20cat.jpg", f"{address}/missing.jpg", "-o", tmp_path / "out")
         server.shutdown()
     assert code == 1

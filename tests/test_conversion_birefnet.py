@@ -36,9 +36,7 @@ def test_tensor_names_are_the_released_ones(path):
     """A network built for a released file has, in the released naming, exactly its tensors with their shapes."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    expected = {
-        name: shape for name, shape in shapes_of(path).items() if not name.endswith("relative_position_index")
-    }
+    expected = {name: shape for name, shape in shapes_of(path).items() if not name.endswith("relative_position_index")}
     config = BiRefNetConfig(**infer_architecture(shapes_of(path)))
     assert config.backbone == path.name.removesuffix(".keys.json")
     with torch.device("meta"):
@@ -116,7 +114,9 @@ def test_patch_order_is_a_setting_of_loading(released_dir):
     pixel_values = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     logits = {}
     for order in ("c_hg_wg", "wg_hg_c"):
-        model = BiRefNetForImageSegmentation.from_pretrained(released_dir, patch_order=order, dtype=torch.float32).eval()
+        model = BiRefNetForImageSegmentation.from_pretrained(
+            released_dir, patch_order=order, dtype=torch.float32
+        ).eval()
         assert model.config.patch_order == order
         with torch.inference_mode():
             logits[order] = model(pixel_values).logits
@@ -149,7 +149,15 @@ def without(*parts):
         (lambda tensors: {n.replace("bb.layers", "bb.stages"): t for n, t in tensors.items()}, "does not know"),
         (without("decoder.decoder_block2.conv_out.weight"), "lacks 1 tensors"),
     ],
-    ids=["academic", "no-batchnorm", "foreign", "backbone-only", "no-decoder-block", "unknown-backbone", "one-missing"],
+    ids=[
+        "academic",
+        "no-batchnorm",
+        "foreign",
+        "backbone-only",
+        "no-decoder-block",
+        "unknown-backbone",
+        "one-missing",
+    ],
 )
 def test_refusals_name_the_cause(damage, message, released_dir, tmp_path, caplog):
     """In `from_pretrained` and in the conversion script, for directories and for .pth files."""

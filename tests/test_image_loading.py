@@ -288,7 +288,9 @@ def test_limits_of_size_and_time(server):
         fetch(server + "/short", allow_private=True)
 
 
-@pytest.mark.parametrize("url", ["http://", "https://[::1", "http://host:99999/a.png", "http://no-such-host.invalid/a.png"])
+@pytest.mark.parametrize(
+    "url", ["http://", "https://[::1", "http://host:99999/a.png", "http://no-such-host.invalid/a.png"]
+)
 def test_addresses_that_are_none(url):
     with pytest.raises(ImageLoadError):
         load_image(url)

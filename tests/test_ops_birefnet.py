@@ -92,8 +92,6 @@ def test_implementations_agree(shape, kernel_size):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_half_precision(implementation, dtype, tolerance):
     """Against float64 on the same, already rounded, inputs: only the computation's own rounding is left."""
-    if implementation == "torchvision" and dtype is torch.bfloat16:
-        pytest.skip("torchvision's CPU operator does not know bfloat16")
     if implementation == "torchvision":
         tolerance = 5e-2  # it computes positions in half precision
     inputs = random_inputs((2, 6, 12, 11), kernel_size=3, dtype=dtype)

@@ -43,6 +43,9 @@ def deform_conv2d(
         captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
         implementation = "torchvision" if feature_map.is_cuda or captured else "gather"
     if implementation == "torchvision":
+        if feature_map.dtype == torch.bfloat16 and not feature_map.is_cuda:  # which torchvision has for CUDA only
+            inputs = (tensor.float() for tensor in (feature_map, offset, modulator, weight))
+            return deform_conv2d(*inputs, implementation="torchvision").to(torch.bfloat16)
         return torchvision_deform_conv2d(feature_map, offset, weight, padding=weight.shape[-1] // 2, mask=modulator)
     if implementation == "gather":
         return _gather_deform_conv2d(feature_map, offset, modulator, weight)

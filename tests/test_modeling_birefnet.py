@@ -1,0 +1,619 @@
+"""The network as a Transformers model: what every model of the library can do, and what is BiRefNet's own."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_settings
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation
+from birefnet_hf.backbone_swin_birefnet import BiRefNetSwinBlock
+from birefnet_hf.modeling_birefnet import (
+    BiRefNetBatchNorm2d,
+    BiRefNetDecoder,
+    BiRefNetDeformableConv,
+    image_laplacian,
+    pad_to_divisor,
+    resize,
+    stack_patches,
+)
+
+
+# One step away from the tiny network in every direction.
+SETTINGS = [
+    {},
+    {"multi_scale_input": "none"},
+    {"multi_scale_input": "add"},
+    *({"context_levels": levels} for levels in (0, 1, 2)),
+    {"squeeze_block": "none", "context_levels": 0},
+    *({"squeeze_block": block} for block in ("residual", "aspp", "aspp_deformable")),
+    {"squeeze_block": "residual", "num_squeeze_blocks": 2, "context_levels": 0},
+    {"decoder_block": "residual"},
+    {"decoder_attention": "none"},
+    {"decoder_attention": "aspp"},
+    {"adaptive_inner_channels": True},
+    {"deformable_kernel_sizes": (5,)},
+    {"inward_reference": False},
+    {"split_image_patches": False},
+    {"patch_order": "wg_hg_c"},
+    {"outward_reference": False},
+    {"outward_reference": False, "multi_scale_supervision": False},
+    {"num_auxiliary_classes": 3},
+    {"drop_path_rate": 0.0, "attention_block_dropout": 0.0, "loss_task": "matting"},
+    {"freeze_backbone": True},
+]
+TIMM = {"inner_channels": 8, "branch_channels": 8, "image_channels": 4, "gradient_channels": 4}
+
+
+def build(attention: str = "sdpa", seed: int = 0, **changes) -> BiRefNetForImageSegmentation:
+    """A random network in evaluation mode whose deformable convolutions do displace."""
+    torch.manual_seed(seed)
+    settings = changes if "backbone" in changes else tiny_settings(**changes)
+    config = BiRefNetConfig(**settings)
+    model = BiRefNetForImageSegmentation._from_config(config, attn_implementation=attention).eval()
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, BiRefNetDeformableConv):
+                module.offset_conv.weight.normal_(std=0.1)
+                module.modulator_conv.weight.normal_(std=0.1)
+    return model
+
+
+def image(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape or (2, 3, 64, 64), generator=torch.Generator().manual_seed(seed))
+
+
+def mask(*shape: int) -> torch.Tensor:
+    return torch.rand(shape or (2, 1, 64, 64), generator=torch.Generator().manual_seed(1))
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@torch.no_grad()
+def logits_of(model: BiRefNetForImageSegmentation, pixel_values: torch.Tensor) -> torch.Tensor:
+    return model(pixel_values).logits
+
+
+# What every model of the library can do.
+
+
+@torch.no_grad()
+def test_determinism(tiny_model):
+    pixel_values = image()
+    first = tiny_model(pixel_values).logits
+    assert first.shape == (2, 1, 64, 64)
+    assert first.std() > 0
+    assert torch.equal(tiny_model(pixel_values).logits, first)
+
+
+@torch.no_grad()
+def test_model_outputs_equivalence(tiny_model):
+    outputs = tiny_model(image(), labels=mask(), output_hidden_states=True)
+    as_tuple = tiny_model(image(), labels=mask(), output_hidden_states=True, return_dict=False)
+    assert isinstance(as_tuple, tuple) and len(as_tuple) == len(outputs) == 4
+    assert list(outputs) == ["loss", "logits", "loss_terms", "hidden_states"]
+    for actual, expected in zip(as_tuple, outputs.to_tuple(), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"backbone": "pvt_v2_b0", **TIMM}], ids=["swin", "pvt_v2_b0"])
+@torch.no_grad()
+def test_batching_equivalence(settings):
+    model, pixel_values = build(**settings), image(3, 3, 64, 96)
+    together = logits_of(model, pixel_values)
+    for index in range(3):
+        alone = logits_of(model, pixel_values[index : index + 1])
+        torch.testing.assert_close(together[index : index + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_save_load(dtype, tmp_path):
+    model = build().to(dtype)
+    model.save_pretrained(tmp_path)
+    loaded, info = BiRefNetForImageSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert loaded.dtype == dtype and not loaded.training
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert "bb.layers.0.blocks.0.attn.qkv.weight" in names and "decoder.conv_out1.0.weight" in names
+    assert not any("relative_position_index" in name for name in names)
+    assert torch.equal(logits_of(loaded, image()), logits_of(model, image()))
+
+
+def test_missing_tensors_are_an_error(tiny_model_dir, copy_of):
+    """Where the library would fill them with random numbers and warn."""
+    folder = copy_of(tiny_model_dir)
+    tensors = load_file(folder / "model.safetensors")
+    removed = tensors.pop("decoder.conv_out1.0.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 tensors.*decoder\.mask_head\.weight.*ignore_mismatched_sizes"):
+        BiRefNetForImageSegmentation.from_pretrained(folder)
+    tensors["decoder.conv_out2.0.weight"] = removed
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 tensors.*has 1 that it does not know.*decoder\.conv_out2"):
+        BiRefNetForImageSegmentation.from_pretrained(folder)
+    model = BiRefNetForImageSegmentation.from_pretrained(folder, ignore_mismatched_sizes=True)
+    assert model.decoder.mask_head.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"backbone": "pvt_v2_b0", **TIMM}], ids=["swin", "pvt_v2_b0"])
+def test_can_be_initialized_on_meta(settings):
+    """Weights and buffers that no file brings are those of a network built the ordinary way."""
+    with torch.device("meta"):
+        model = build(**settings)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+    model.to_empty(device="cpu")
+    model.init_weights()
+    expected = build(**settings)
+    for name, buffer in expected.named_buffers():
+        assert torch.equal(dict(model.named_buffers())[name], buffer), name
+    for name, parameter in expected.named_parameters():
+        actual = model.get_parameter(name)
+        assert actual.isfinite().all(), name
+        if parameter.numel() > 200 and "offset_conv" not in name and "modulator_conv" not in name:
+            torch.testing.assert_close(actual.std(), parameter.std(), rtol=0.3, atol=0.02, msg=name)
+
+
+def test_initial_weights():
+    """Convolutions as PyTorch makes them, Swin's linear layers narrow, deformable convolutions plain."""
+    torch.manual_seed(0)
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(**tiny_settings(inner_channels=32, initializer_range=0.01)))
+    conv = model.decoder.levels["4"].block.conv_in.weight
+    bound = (conv.shape[1] * 9) ** -0.5
+    assert conv.abs().max() <= bound and conv.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+    attention = model.backbone.layers[3].blocks[1].attn
+    assert attention.qkv.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert attention.relative_position_bias_table.std().item() == pytest.approx(0.01, rel=0.2)
+    assert not attention.qkv.bias.any()
+    deformable = [module for module in model.modules() if isinstance(module, BiRefNetDeformableConv)]
+    assert len(deformable) == 5 * 4
+    for module in deformable:
+        assert not module.offset_conv.weight.any() and not module.modulator_conv.bias.any()
+        hidden_states = image(1, module.regular_conv.in_channels, 6, 5)
+        torch.testing.assert_close(
+            module(hidden_states), nn.Conv2d.forward(module.regular_conv, hidden_states), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_all_tensors_are_parameters_or_buffers(tiny_model):
+    tiny_model(image())
+    for name, module in tiny_model.named_modules():
+        plain = [key for key, value in vars(module).items() if isinstance(value, torch.Tensor)]
+        assert not plain, f"{name}: {plain}"
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
+def test_eager_matches_sdpa_inference(dtype, tolerance):
+    pixel_values = image(2, 3, 70, 41)  # windows that need padding in every stage
+    model = build().to(dtype)
+    fused = logits_of(model, pixel_values)
+    model.set_attn_implementation("eager")
+    assert (fused - logits_of(model, pixel_values)).abs().max() < tolerance
+
+
+@torch.no_grad()
+def test_attention_outputs():
+    model = build(attention="eager")
+    outputs = model(image(), output_attentions=True)
+    assert len(outputs.attentions) == 2 * 8  # two passes, two blocks in each of four stages
+    for weights, (windows, heads) in zip(
+        outputs.attentions[::2],
+        [(16, 1), (4, 2), (1, 2), (1, 4), (4, 1), (1, 2), (1, 2), (1, 4)],
+        strict=True,
+    ):
+        assert weights.shape == (2 * windows, heads, 16, 16)
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:-1]))
+    assert model(image()).attentions is None
+
+
+@torch.no_grad()
+def test_hidden_states_output(tiny_model):
+    shapes = [(16, 16), (32, 8), (64, 4), (128, 2), (128, 2), (64, 2), (32, 4), (16, 8), (8, 16)]
+    hidden_states = tiny_model(image(), output_hidden_states=True).hidden_states
+    assert [tuple(state.shape) for state in hidden_states] == [(2, c, side, side) for c, side in shapes]
+    tiny_model.config.output_hidden_states = True
+    for actual, expected in zip(tiny_model(image()).hidden_states, hidden_states, strict=True):
+        assert torch.equal(actual, expected)
+    assert tiny_model(image(), output_hidden_states=False).hidden_states is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_close(tiny_model, dtype):
+    expected = logits_of(tiny_model, image())
+    half = copy.deepcopy(tiny_model).to(dtype)
+    actual = logits_of(half, image())  # the pixel values are cast to the weights' dtype
+    assert actual.dtype == dtype
+    assert (actual.float() - expected).abs().max() < 0.1 * expected.std()
+    assert torch.equal(logits_of(half, image().to(dtype)), actual)
+
+
+@torch.no_grad()
+def test_autocast_is_close(tiny_model):
+    expected = logits_of(tiny_model, image())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = logits_of(tiny_model, image())
+    assert (actual.float() - expected).abs().max() < 0.1 * expected.std()
+
+
+def test_pixel_values_of_another_dtype(tiny_model):
+    expected = logits_of(tiny_model, image().half().float())
+    for pixel_values in (image().half(), image().half().double()):
+        actual = logits_of(tiny_model, pixel_values)
+        assert actual.dtype == torch.float32 and torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (1, 1, 64, 64), (1, 64, 64, 3), (1, 4, 64, 64)], ids=str)
+def test_wrong_shape_is_named(tiny_model, shape):
+    with pytest.raises(ValueError, match=rf"\({', '.join(map(str, shape))}\).*\(batch_size, 3, height, width\)"):
+        tiny_model(torch.zeros(shape))
+
+
+def test_offloaded_weights(tiny_model, tmp_path):
+    """Weights that are brought in module by module, as `device_map` does where memory is short."""
+    pytest.importorskip("accelerate")
+    pixel_values = image(1, 3, 48, 80)
+    expected = logits_of(tiny_model, pixel_values)
+    tiny_model.save_pretrained(tmp_path / "model")
+    parts = ("backbone", "squeeze_module", "decoder", "criterion")
+    for offloaded in parts[:3]:
+        device_map = {part: "disk" if part == offloaded else "cpu" for part in parts}
+        model = BiRefNetForImageSegmentation.from_pretrained(
+            tmp_path / "model", device_map=device_map, offload_folder=tmp_path / offloaded
+        )
+        assert next(model.get_submodule(offloaded).parameters()).is_meta
+        torch.testing.assert_close(logits_of(model, pixel_values), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_that_stay_on_one_device(tiny_model):
+    names = {type(module).__name__ for module in tiny_model.modules()}
+    assert {"BiRefNetSwinBackbone", "BiRefNetDecoder"} <= names & set(tiny_model._no_split_modules)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed batch", "dynamic batch"])
+def test_torch_exportable(tiny_model, dynamic):
+    shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=8)}} if dynamic else None
+    pixel_values = image(2, 3, 64, 96)
+    exported = torch.export.export(
+        tiny_model, (), {"pixel_values": pixel_values}, dynamic_shapes=shapes, strict=False
+    ).module()
+    for batch_size in (1, 2, 5) if dynamic else (2,):
+        pixel_values = image(batch_size, 3, 64, 96, seed=batch_size)
+        actual = exported(pixel_values=pixel_values)["logits"]
+        torch.testing.assert_close(actual, logits_of(tiny_model, pixel_values), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_sdpa_can_compile_dynamic(tiny_model):
+    """One graph without breaks, and sizes that change."""
+    torch._dynamo.reset()
+    compiled = torch.compile(tiny_model, backend="aot_eager", dynamic=True, fullgraph=True)
+    for shape in [(2, 3, 64, 96), (1, 3, 64, 64), (3, 3, 128, 96), (2, 3, 70, 41)]:
+        pixel_values = image(*shape)
+        torch.testing.assert_close(
+            logits_of(compiled, pixel_values), logits_of(tiny_model, pixel_values), rtol=1e-4, atol=1e-5
+        )
+
+
+# Sizes.
+
+
+@pytest.mark.parametrize("size", [(33, 47), (1, 1), (64, 95), (1, 200), (32, 32)], ids=str)
+def test_any_size(tiny_model, size):
+    height, width = size
+    pixel_values = image(2, 3, height, width)
+    logits = logits_of(tiny_model, pixel_values)
+    assert logits.shape == (2, 1, height, width) and logits.isfinite().all()
+    # The same as of an image that was continued to multiples of 32 by hand.
+    rows = torch.arange(height + -height % 32).clamp(max=height - 1)
+    columns = torch.arange(width + -width % 32).clamp(max=width - 1)
+    continued = pixel_values[:, :, rows][:, :, :, columns]
+    torch.testing.assert_close(logits_of(tiny_model, continued)[..., :height, :width], logits)
+
+
+def test_padding_leaves_multiples_alone():
+    pixel_values = image(1, 3, 64, 96)
+    assert pad_to_divisor(pixel_values) is pixel_values
+    assert pad_to_divisor(image(1, 3, 65, 32)).shape == (1, 3, 96, 32)
+
+
+def test_training_on_sizes_that_are_no_multiples(tiny_model):
+    outputs = tiny_model.train()(image(2, 3, 40, 70), labels=mask(2, 1, 40, 70))
+    outputs.loss.backward()
+    assert outputs.loss.isfinite() and outputs.logits.shape == (2, 1, 40, 70)
+    assert all(target.shape == (2, 1, 64, 96) for target in outputs.gradient_targets)
+
+
+def test_labels_of_another_size(tiny_model):
+    """Predictions are resized to the labels, whose thin structures resizing would lose."""
+    outputs = tiny_model(image(2, 3, 64, 64), labels=mask(2, 1, 100, 90))
+    assert outputs.loss.isfinite() and outputs.logits.shape == (2, 1, 64, 64)
+
+
+# Settings and training.
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(map(str, settings.values())) or "default")
+def test_every_setting_trains(settings):
+    model = build(**settings).train()
+    config = model.config
+    class_labels = torch.tensor([0, 2]) if config.num_auxiliary_classes else None
+    outputs = model(image(), labels=mask(), class_labels=class_labels)
+    assert outputs.logits.shape == (2, 1, 64, 64)
+    sizes = [(2, 1, 2, 2), (2, 1, 4, 4), (2, 1, 8, 8)]
+    for maps, present in (
+        (outputs.side_logits, config.multi_scale_supervision),
+        (outputs.gradient_logits, config.outward_reference),
+    ):
+        assert [tuple(x.shape) for x in maps] == sizes if present else maps is None
+    if config.outward_reference:
+        assert [tuple(target.shape) for target in outputs.gradient_targets] == [(2, 1, 64, 64)] * 3
+    assert (outputs.class_logits is not None) == (config.num_auxiliary_classes > 0)
+    expected_terms = {"bce", "ssim"}
+    expected_terms |= {"mae"} if config.loss_task == "matting" else {"iou"}
+    expected_terms |= {"gradient"} if config.outward_reference else set()
+    expected_terms |= {"classification"} if config.num_auxiliary_classes else set()
+    assert outputs.loss_terms.keys() == expected_terms
+    assert outputs.loss.isfinite() and outputs.loss > 0
+
+    outputs.loss.backward()
+    reached = gradients(model)
+    for name, parameter in model.named_parameters():
+        if config.freeze_backbone and name.startswith("backbone."):
+            assert not parameter.requires_grad and name not in reached, name
+        else:
+            assert name in reached and reached[name].isfinite().all(), name
+
+
+def test_every_parameter_moves(tiny_model):
+    """Not just reached: nothing is multiplied by zero on the way, once offsets are no longer zero."""
+    tiny_model.train()(image(), labels=mask()).loss.backward()
+    still = [name for name, gradient in gradients(tiny_model).items() if not gradient.any()]
+    assert not still
+
+
+def test_side_outputs_exist_in_training_only(tiny_model):
+    outputs = tiny_model(image(), labels=mask())
+    assert outputs.loss.isfinite() and outputs.loss_terms.keys() == {"bce", "iou", "ssim"}
+    assert outputs.side_logits is None and outputs.gradient_logits is None and outputs.gradient_targets is None
+    outputs = tiny_model.train()(image())
+    assert outputs.loss is None and outputs.loss_terms is None
+    assert len(outputs.side_logits) == len(outputs.gradient_logits) == len(outputs.gradient_targets) == 3
+
+
+def test_gradient_targets(tiny_model):
+    """The image's Laplacian where the level's own prediction sees the object, with a gradient into the prediction."""
+    outputs = tiny_model.train()(image())
+    for target, side in zip(outputs.gradient_targets, outputs.side_logits, strict=True):
+        expected = image_laplacian(image()) * F.interpolate(side, (64, 64), mode="bilinear", align_corners=True)
+        torch.testing.assert_close(target, expected)
+        assert target.requires_grad
+
+
+def test_labels_without_channels(tiny_model):
+    assert tiny_model(image(), labels=mask()[:, 0]).loss == tiny_model(image(), labels=mask()).loss
+
+
+def test_loss_is_the_tasks(tiny_model):
+    from birefnet_hf.loss_birefnet import BiRefNetLoss
+
+    for task in ("dis", "matting"):
+        model = build(loss_task=task)
+        outputs = model(image(), labels=mask())
+        expected, terms = BiRefNetLoss(task)([outputs.logits], mask())
+        torch.testing.assert_close(outputs.loss, expected)
+        assert outputs.loss_terms == terms
+
+
+def test_a_step_lowers_the_loss():
+    model = build(attention_block_dropout=0.0, drop_path_rate=0.0).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    labels = F.interpolate(mask(2, 1, 4, 4).round(), (64, 64))
+    losses = []
+    for _ in range(4):
+        loss = model(image(), labels=labels).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 32)], ids=str)
+def test_batch_size_one_trains(tiny_model, size):
+    """The pooled branch then normalises a single value per channel, which has no variance."""
+    before = {name: buffer.clone() for name, buffer in tiny_model.named_buffers()}
+    tiny_model.train()(image(1, 3, *size), labels=mask(1, 1, *size)).loss.backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(tiny_model).values())
+    for name, buffer in tiny_model.named_buffers():
+        changed = not torch.equal(buffer, before[name])
+        assert changed == (name.endswith(("running_mean", "running_var")) and ".global_branch." not in name) or (
+            name.endswith("num_batches_tracked") or size == (32, 32)
+        ), name
+
+
+def test_batch_norm_of_a_single_value():
+    norm = BiRefNetBatchNorm2d(4).train()
+    with torch.no_grad():
+        for tensor in (norm.weight, norm.bias, norm.running_mean):
+            tensor.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    expected = copy.deepcopy(norm).eval()(image(1, 4, 1, 1))
+    torch.testing.assert_close(norm(image(1, 4, 1, 1)), expected)
+    several = norm(image(2, 4, 1, 1))
+    plain = F.batch_norm(image(2, 4, 1, 1), None, None, norm.weight, norm.bias, training=True)
+    torch.testing.assert_close(several, plain)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+@pytest.mark.parametrize("settings", [{}, {"backbone": "pvt_v2_b0", **TIMM}], ids=["swin", "pvt_v2_b0"])
+def test_training_gradient_checkpointing(settings, reentrant):
+    """The same loss, gradients and running statistics, random numbers included."""
+    results = []
+    for checkpointing in (False, True):
+        model = build(**settings).train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            assert model.is_activation_checkpointing
+            if reentrant:
+                model.enable_input_require_grads()
+        torch.manual_seed(5)
+        loss = model(image(), labels=mask()).loss
+        loss.backward()
+        results.append((loss.detach(), gradients(model), dict(model.named_buffers())))
+    (loss, expected, buffers), (checkpointed_loss, actual, checkpointed_buffers) = results
+    torch.testing.assert_close(checkpointed_loss, loss)
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=1e-3, msg=name)
+    for name, buffer in buffers.items():
+        torch.testing.assert_close(checkpointed_buffers[name], buffer, msg=name)
+
+
+def test_gradient_checkpointing_recomputes(tiny_model):
+    blocks = [module for module in tiny_model.modules() if isinstance(module, BiRefNetSwinBlock)]
+    runs = []
+    blocks[3].attn.register_forward_pre_hook(lambda *_: runs.append(None))
+    tiny_model.train().activation_checkpointing_enable()
+    tiny_model(image(), labels=mask()).loss.backward()
+    assert len(blocks) == 8 and len(runs) == 2 * 2  # two scales, forward and backward
+
+
+def test_gradients_can_begin_at_the_input(tiny_model):
+    """What adapters on a frozen network with reentrant checkpointing need."""
+    assert tiny_model.get_input_embeddings() is tiny_model.backbone.patch_embed.proj
+    tiny_model.requires_grad_(False)
+    qkv = tiny_model.backbone.layers[1].blocks[0].attn.qkv.requires_grad_(True)
+    tiny_model.train().activation_checkpointing_enable({"use_reentrant": True})
+    tiny_model.enable_input_require_grads()
+    tiny_model(image(), labels=mask()).loss.backward()
+    assert qkv.weight.grad.any() and len(gradients(tiny_model)) == 2
+
+
+def test_adapters_take_effect():
+    """LoRA on layers whose weights the network reads without calling them, and a copy of the last layer."""
+    peft = pytest.importorskip("peft")
+    for targets, saved in ((["qkv"], ["mask_head"]), (["conv_out", "mask_head"], None)):
+        model, pixel_values = build(), image(1, 3, 48, 64)
+        before = logits_of(model, pixel_values)
+        config = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=saved, init_lora_weights=False)
+        adapted = peft.get_peft_model(model, config).train()
+        adapted(pixel_values=image(), labels=mask()).loss.backward()
+        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        assert trained and all(parameter.grad.any() for parameter in trained)
+        with_adapter = logits_of(adapted.eval(), pixel_values)
+        assert (with_adapter - before).abs().max() > 1e-4
+        merged = adapted.merge_and_unload()
+        torch.testing.assert_close(logits_of(merged, pixel_values), with_adapter, rtol=1e-3, atol=1e-5)
+
+
+def test_frozen_backbone():
+    """DINOv3 starts frozen, as upstream, others and on request not."""
+    settings = {"backbone": "dino_v3_s", "neck_channels": (8, 8, 16, 16), **TIMM}
+    for frozen in (None, False):
+        model = build(**settings, freeze_backbone=frozen).train()
+        model(image(), labels=mask()).loss.backward()
+        names = gradients(model).keys()
+        assert any(name.startswith("decoder.neck.") for name in names)
+        assert any(name.startswith("backbone.") for name in names) == (frozen is False)
+    assert all(parameter.requires_grad for parameter in build().parameters())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_trainer_logs_the_mean_loss(tmp_path):
+    """Two accumulated batches of one image count as one batch of two; loss terms and tuples do not disturb."""
+    pytest.importorskip("accelerate")
+    model = build(attention_block_dropout=0.0, drop_path_rate=0.0)
+    samples = [{"pixel_values": image(3, 64, 64, seed=seed), "labels": mask(1, 64, 64)} for seed in range(2)]
+    expected = []
+    reference = copy.deepcopy(model).train()
+    for sample in samples:
+        with torch.no_grad():
+            expected.append(reference(sample["pixel_values"][None], sample["labels"][None]).loss.item())
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+        logging_steps=1,
+        save_strategy="no",
+        eval_strategy="steps",
+        eval_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=samples, eval_dataset=samples)
+    trainer.train()
+    logged = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+    assert logged["loss"] == pytest.approx(sum(expected) / 2, rel=1e-3)
+    assert math.isfinite(logged["eval_loss"])
+    predictions = trainer.predict(samples).predictions
+    assert predictions.shape == (2, 1, 64, 64)
+
+
+# Parts.
+
+
+@pytest.mark.parametrize("patch_order", ["c_hg_wg", "wg_hg_c"])
+def test_stack_patches(patch_order):
+    pixel_values = image(2, 3, 12, 8)
+    patches = stack_patches(pixel_values, (4, 4), patch_order)
+    assert patches.shape == (2, 18, 4, 4)
+    for color in range(3):
+        for row in range(3):
+            for column in range(2):
+                channel = (
+                    (color * 3 + row) * 2 + column if patch_order == "c_hg_wg" else (column * 3 + row) * 3 + color
+                )
+                expected = pixel_values[:, color, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
+                assert torch.equal(patches[:, channel], expected)
+
+
+def test_image_laplacian():
+    """kornia.filters.laplacian(mean over channels, kernel_size=5), its kernel written out."""
+    kernel = torch.ones(5, 5, dtype=torch.float64)
+    kernel[2, 2] = -24
+    kernel /= kernel.abs().sum()
+    pixel_values = image(2, 3, 9, 7).double()
+    padded = F.pad(pixel_values.mean(dim=1, keepdim=True), (2, 2, 2, 2), mode="reflect")
+    expected = F.conv2d(padded, kernel[None, None])
+    torch.testing.assert_close(image_laplacian(pixel_values), expected, rtol=0, atol=1e-12)
+
+
+def test_resize_aligns_corners():
+    feature_map = image(1, 2, 3, 4)
+    assert resize(feature_map, (3, 4)) is feature_map
+    resized = resize(feature_map, (5, 7))
+    torch.testing.assert_close(resized[..., ::4, ::6], feature_map[..., ::2, ::3])
+    torch.testing.assert_close(resized[..., 1, 0], (feature_map[..., 0, 0] + feature_map[..., 1, 0]) / 2)
+
+
+@pytest.mark.parametrize("inward_reference", [True, False])
+def test_predict_mask(inward_reference):
+    """The folded last layers against the reference's order: resize, concatenate, 1×1 convolution; with gradients."""
+    torch.manual_seed(0)
+    decoder = BiRefNetDecoder(BiRefNetConfig(**tiny_settings(inward_reference=inward_reference))).double()
+    hidden_states = image(2, 8, 8, 16).double().requires_grad_()
+    pixel_values = image(2, 3, 32, 64).double().requires_grad_()
+
+    def naive() -> torch.Tensor:
+        features = [F.interpolate(hidden_states, (32, 64), mode="bilinear", align_corners=True)]
+        if inward_reference:
+            branch = decoder.inward_reference
+            features.append(branch.conv_out(branch.conv_in(pixel_values)))
+        return decoder.mask_head(torch.cat(features, dim=1))
+
+    modules = nn.ModuleList([decoder.mask_head, decoder.inward_reference] if inward_reference else [decoder.mask_head])
+    inputs = [hidden_states, *([pixel_values] if inward_reference else []), *modules.parameters()]
+    results = []
+    for logits in (decoder.predict_mask(hidden_states, pixel_values), naive()):
+        assert logits.shape == (2, 1, 32, 64)
+        results.append([logits, *torch.autograd.grad((logits * mask(2, 1, 32, 64)).sum(), inputs)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
