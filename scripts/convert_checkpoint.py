@@ -37,10 +37,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("output_dir", type=Path, help="directory to create; must not exist or be empty")
     parser.add_argument("--patch-order", choices=["c_hg_wg", "wg_hg_c"], default="c_hg_wg", help="see the README")
     parser.add_argument(
-        "--multi-scale-input", choices=["none", "add", "cat"], help="tell 'add' from 'none', whose tensors are the same"
+        "--multi-scale-input",
+        choices=["none", "add", "cat"],
+        help="tell 'add' from 'none', whose tensors are the same",
     )
     parser.add_argument(
-        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="input size; known names have theirs, else 1024²"
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="input size; known names have theirs, else 1024²",
     )
     parser.add_argument(
         "--verify", action="store_true", help="also compare the logits of a test picture before and after"

@@ -185,27 +185,6 @@ def test_timm_backbones_give_the_declared_maps(backbone):
     ]
 
 
-def test_timm_rotary_tables_survive_the_meta_device():
-    """DINOv3's are in no file: built on the meta device, they must be computed, not left as they come."""
-    from birefnet_hf import BiRefNetForImageSegmentation
-
-    config = BiRefNetConfig(
-        backbone="dino_v3_s",
-        inner_channels=8,
-        branch_channels=8,
-        image_channels=4,
-        neck_channels=(8, 8, 16, 16),
-    )
-    model = BiRefNetForImageSegmentation(config)
-    loaded = BiRefNetForImageSegmentation.from_pretrained(None, config=config, state_dict=model.state_dict())
-    persistent = model.state_dict().keys()
-    tables = {name: buffer for name, buffer in model.named_buffers() if name not in persistent}
-    assert tables
-    for name, buffer in loaded.named_buffers():
-        if name in tables:
-            assert torch.equal(buffer, tables[name]), name
-
-
 def test_pvt_says_which_images_are_too_small():
     network = build_timm_backbone(BiRefNetConfig(backbone="pvt_v2_b0"))
     with pytest.raises(ValueError, match=r"\(16, 48\) pixels .* at least 64"):

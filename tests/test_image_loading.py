@@ -66,6 +66,11 @@ def test_exif_orientation_is_applied(tmp_path):
         np.testing.assert_array_equal(np.asarray(load_image(source)), np.asarray(upright))
 
 
+def test_damaged_exif_is_no_reason_to_refuse(tmp_path):
+    data = bytearray(encoded(picture(size=(40, 30)), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff"))
+    assert load_image(bytes(data)).size == (40, 30)
+
+
 def test_animations_give_their_first_frame(tmp_path):
     red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
     red.save(tmp_path / "moving.gif", save_all=True, append_images=[blue])
@@ -124,10 +129,13 @@ def test_missing_files_and_folders(tmp_path):
         load_image(tmp_path)
 
 
-def test_decompression_bombs(monkeypatch):
+def test_decompression_bombs(monkeypatch, tmp_path):
     bomb = encoded(Image.new("1", (3000, 3000)))
     with pytest.raises(ImageLoadError, match="more than the 1000000 allowed"):
         load_image(bomb, max_pixels=1_000_000)
+    with pytest.raises(ImageLoadError, match="large.png"):
+        (tmp_path / "large.png").write_bytes(bomb)
+        load_image(tmp_path / "large.png", max_pixels=1_000_000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4_000_000)
     with pytest.raises(ImageLoadError, match="decompression bomb"):
         load_image(bomb)
@@ -152,6 +160,10 @@ def test_decompression_bombs(monkeypatch):
         "::ffff:127.0.0.1",
         "64:ff9b::7f00:1",
         "2002:7f00:1::",
+        "fec0::1",
+        "3fff::1",
+        "192.0.0.8",
+        "192.88.99.1",
     ],
 )
 def test_special_addresses_are_not_public(address):
@@ -229,7 +241,7 @@ def server():
 
 
 def test_fetching(server):
-    for path in ("/image.png", "/moved"):
+    for path in ("/image.png", "/moved", "/image of a cat.png?büro=1"):
         assert load_image(server + path, allow_private=True).size == (40, 30)
     with pytest.raises(ImageLoadError, match="404"):
         load_image(server + "/nothing", allow_private=True)

@@ -123,7 +123,7 @@ def test_save_load(dtype, tmp_path):
     names = load_file(tmp_path / "model.safetensors").keys()
     assert "bb.layers.0.blocks.0.attn.qkv.weight" in names and "decoder.conv_out1.0.weight" in names
     assert not any("relative_position_index" in name for name in names)
-    assert torch.equal(logits_of(loaded, image()), logits_of(model, image()))
+    torch.testing.assert_close(logits_of(loaded, image()), logits_of(model, image()))
 
 
 def test_missing_tensors_are_an_error(tiny_model_dir, copy_of):
@@ -142,7 +142,11 @@ def test_missing_tensors_are_an_error(tiny_model_dir, copy_of):
     assert model.decoder.mask_head.weight.isfinite().all()
 
 
-@pytest.mark.parametrize("settings", [{}, {"backbone": "pvt_v2_b0", **TIMM}], ids=["swin", "pvt_v2_b0"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"backbone": "pvt_v2_b0", **TIMM}, {"backbone": "dino_v3_s", "neck_channels": (8, 8, 16, 16), **TIMM}],
+    ids=["swin", "pvt_v2_b0", "dino_v3_s"],
+)
 def test_can_be_initialized_on_meta(settings):
     """Weights and buffers that no file brings are those of a network built the ordinary way."""
     with torch.device("meta"):
@@ -150,14 +154,18 @@ def test_can_be_initialized_on_meta(settings):
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
     model.to_empty(device="cpu")
     model.init_weights()
-    expected = build(**settings)
+    torch.manual_seed(0)
+    expected = BiRefNetForImageSegmentation(model.config)
+    buffers = dict(model.named_buffers())
     for name, buffer in expected.named_buffers():
-        assert torch.equal(dict(model.named_buffers())[name], buffer), name
+        assert torch.equal(buffers[name], buffer), name
     for name, parameter in expected.named_parameters():
         actual = model.get_parameter(name)
+        if parameter.numel() > 200:
+            spread = 8 * parameter.std().item() / parameter.numel() ** 0.5
+            torch.testing.assert_close(actual.mean(), parameter.mean(), rtol=0, atol=spread + 1e-6, msg=name)
+            torch.testing.assert_close(actual.std(), parameter.std(), rtol=0.3, atol=1e-6, msg=name)
         assert actual.isfinite().all(), name
-        if parameter.numel() > 200 and "offset_conv" not in name and "modulator_conv" not in name:
-            torch.testing.assert_close(actual.std(), parameter.std(), rtol=0.3, atol=0.02, msg=name)
 
 
 def test_initial_weights():
@@ -275,13 +283,13 @@ def test_parts_that_stay_on_one_device(tiny_model):
     assert {"BiRefNetSwinBackbone", "BiRefNetDecoder"} <= names & set(tiny_model._no_split_modules)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["fixed batch", "dynamic batch"])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fixed", "any batch"])
 def test_torch_exportable(tiny_model, dynamic):
+    """For one image size; batches of any size on request."""
     shapes = {"pixel_values": {0: torch.export.Dim("batch", min=1, max=8)}} if dynamic else None
     pixel_values = image(2, 3, 64, 96)
-    exported = torch.export.export(
-        tiny_model, (), {"pixel_values": pixel_values}, dynamic_shapes=shapes, strict=False
-    ).module()
+    program = torch.export.export(tiny_model, (), {"pixel_values": pixel_values}, dynamic_shapes=shapes, strict=False)
+    exported = program.module()
     for batch_size in (1, 2, 5) if dynamic else (2,):
         pixel_values = image(batch_size, 3, 64, 96, seed=batch_size)
         actual = exported(pixel_values=pixel_values)["logits"]
@@ -342,8 +350,8 @@ def test_labels_of_another_size(tiny_model):
 def test_every_setting_trains(settings):
     model = build(**settings).train()
     config = model.config
-    class_labels = torch.tensor([0, 2]) if config.num_auxiliary_classes else None
-    outputs = model(image(), labels=mask(), class_labels=class_labels)
+    class_ids = torch.tensor([0, 2]) if config.num_auxiliary_classes else None
+    outputs = model(image(), labels=mask(), class_ids=class_ids)
     assert outputs.logits.shape == (2, 1, 64, 64)
     sizes = [(2, 1, 2, 2), (2, 1, 4, 4), (2, 1, 8, 8)]
     for maps, present in (
@@ -386,6 +394,19 @@ def test_side_outputs_exist_in_training_only(tiny_model):
     assert len(outputs.side_logits) == len(outputs.gradient_logits) == len(outputs.gradient_targets) == 3
 
 
+def test_classes_are_an_auxiliary_of_training():
+    model = build(num_auxiliary_classes=3)
+    inputs = {"pixel_values": image(), "labels": mask(), "class_ids": torch.tensor([0, 2])}
+    outputs = model(**inputs)
+    assert outputs.class_logits is None and "classification" not in outputs.loss_terms
+    outputs = model.train()(**inputs)
+    assert outputs.class_logits.shape == (2, 3)
+    expected = 5 * F.cross_entropy(outputs.class_logits, inputs["class_ids"])
+    torch.testing.assert_close(outputs.loss_terms["classification"], expected.detach())
+    with pytest.raises(ValueError, match="no classification head"):
+        build().train()(**inputs)
+
+
 def test_gradient_targets(tiny_model):
     """The image's Laplacian where the level's own prediction sees the object, with a gradient into the prediction."""
     outputs = tiny_model.train()(image())
@@ -410,12 +431,12 @@ def test_loss_is_the_tasks(tiny_model):
         assert outputs.loss_terms == terms
 
 
-def test_a_step_lowers_the_loss():
+def test_training_lowers_the_loss():
     model = build(attention_block_dropout=0.0, drop_path_rate=0.0).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     labels = F.interpolate(mask(2, 1, 4, 4).round(), (64, 64))
     losses = []
-    for _ in range(4):
+    for _ in range(5):
         loss = model(image(), labels=labels).loss
         losses.append(loss.item())
         optimizer.zero_grad()
@@ -453,10 +474,13 @@ def test_batch_norm_of_a_single_value():
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 @pytest.mark.parametrize("settings", [{}, {"backbone": "pvt_v2_b0", **TIMM}], ids=["swin", "pvt_v2_b0"])
 def test_training_gradient_checkpointing(settings, reentrant):
-    """The same loss, gradients and running statistics, random numbers included."""
+    """The same loss, gradients and running statistics, random numbers included.
+
+    In float64: without gradients another attention kernel is chosen, and batch normalisation amplifies its rounding.
+    """
     results = []
     for checkpointing in (False, True):
-        model = build(**settings).train()
+        model = build(**settings).double().train()
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
             assert model.is_activation_checkpointing
@@ -470,7 +494,7 @@ def test_training_gradient_checkpointing(settings, reentrant):
     torch.testing.assert_close(checkpointed_loss, loss)
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, rtol=1e-3, atol=1e-3, msg=name)
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
     for name, buffer in buffers.items():
         torch.testing.assert_close(checkpointed_buffers[name], buffer, msg=name)
 
@@ -512,16 +536,21 @@ def test_adapters_take_effect():
         torch.testing.assert_close(logits_of(merged, pixel_values), with_adapter, rtol=1e-3, atol=1e-5)
 
 
-def test_frozen_backbone():
-    """DINOv3 starts frozen, as upstream, others and on request not."""
-    settings = {"backbone": "dino_v3_s", "neck_channels": (8, 8, 16, 16), **TIMM}
-    for frozen in (None, False):
-        model = build(**settings, freeze_backbone=frozen).train()
-        model(image(), labels=mask()).loss.backward()
-        names = gradients(model).keys()
-        assert any(name.startswith("decoder.neck.") for name in names)
-        assert any(name.startswith("backbone.") for name in names) == (frozen is False)
-    assert all(parameter.requires_grad for parameter in build().parameters())
+@pytest.mark.parametrize("backbone, frozen", [("swin_v1_t", False), ("pvt_v2_b0", False), ("dino_v3_s", True)])
+def test_frozen_backbone(backbone, frozen):
+    """DINOv3 starts frozen, as upstream; what the setting says goes."""
+    for freeze_backbone, expected in ((None, frozen), (True, True), (False, False)):
+        with torch.device("meta"):
+            model = BiRefNetForImageSegmentation(BiRefNetConfig(backbone=backbone, freeze_backbone=freeze_backbone))
+        for name, parameter in model.named_parameters():
+            assert parameter.requires_grad != (expected and name.startswith("backbone.")), name
+
+
+def test_frozen_backbone_trains_the_rest():
+    model = build(backbone="dino_v3_s", neck_channels=(8, 8, 16, 16), **TIMM).train()
+    model(image(), labels=mask()).loss.backward()
+    names = {name.split(".")[0] for name in gradients(model)}
+    assert names == {"squeeze_module", "decoder"}
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -421,13 +421,15 @@ def remove_backgrounds(
 ) -> None:
     """Remove the background of images.
 
-    Results are transparent images of the original size: photos/trip/cat.jpg becomes OUT/trip/cat.png for
-    the input photos. Images that differ by suffix alone keep it (cat.jpg.png, cat.webp.png); of several
-    folders each gets one in OUT. Inputs are never replaced, results of an earlier run are
-    (but see --skip-existing).
+    Results are transparent images of the original size: for the input photos,
+    photos/trip/cat.jpg becomes OUT/trip/cat.png. Images that differ by suffix
+    alone keep it (cat.jpg.png, cat.webp.png); of several folders each gets one
+    in OUT. Inputs are never replaced; results of an earlier run are, unless
+    --skip-existing is given.
 
-    A file that cannot be processed is reported and does not stop the others; the exit code is then 1.
-    It is 2 if nothing was tried, for example because no input was found.
+    A file that cannot be processed is reported and does not stop the others;
+    the exit code is then 1. It is 2 if nothing was tried, for example because
+    no input was found.
     """
     if mask_only and background is not None:
         raise typer.BadParameter("--mask-only and --background exclude each other.")

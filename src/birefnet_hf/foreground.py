@@ -3,7 +3,6 @@
 Images are float tensors in [0, 1], channels first.
 """
 
-import math
 import os
 
 import numpy as np
@@ -14,147 +13,180 @@ from PIL import Image, ImageColor, ImageOps
 from .image_loading import load_image
 
 
-# Kernel sizes of the reference's two blurs (image_proc.py upstream, after Photoroom's blur fusion) in pixels. Upstream uses
-# them for every size; here they grow with photos whose longer side exceeds REFERENCE_SIDE, as their soft edges do.
-REFERENCE_KERNELS = (90, 6)
-REFERENCE_SIDE = 1024
+# Weight of the fallback where a window holds nothing of a layer.
 EPSILON = 1e-5
 # Alpha that is stored as 0 or 255 counts as none or full: a sigmoid reaches neither.
 HALF_STEP = 0.5 / 255
-# Averages over a box are smooth: they are taken on a grid on which the box spans at least this many cells.
-CELLS_PER_BOX = 6
+# Side of the blur's window in pixels of a level, and how often it runs at full, at half and at every coarser resolution.
+WINDOW = 3
+PASSES = (1, 1, 4)
+# Side of a tile in pixels. On a CPU the work on a tile stays in the cache; accelerators want few, large operations.
 TILE = 256
-# What a tile sees of its neighbours starts at a multiple of this, so that all grids agree.
-ALIGNMENT = 64
+TILE_ON_ACCELERATORS = 2048
 
 
+@torch.no_grad()
 def refine_foreground(
-    image: torch.Tensor, alpha: torch.Tensor, kernels: tuple[int, int] | None = None
+    image: torch.Tensor, alpha: torch.Tensor, kernels: tuple[int, ...] | None = None
 ) -> torch.Tensor:
     """Estimates the foreground's own colours, so that a cut-out carries none of its old background.
 
-    Two passes of blur fusion (Forte, "Approximate Fast Foreground Colour Estimation", ICIP 2021): the colours of
-    foreground and background around a pixel, averaged over a wide and then a narrow box, are corrected by what the two
-    together fail to explain of the pixel. Only pixels with an alpha between 0 and 1 need it: the image is worked on in
-    tiles, and those without such pixels are passed over.
+    Blur fusion (Forte, "Approximate Fast Foreground Colour Estimation", ICIP 2021): the colours of foreground and
+    background around a pixel, averaged over a box, are corrected by what the two together fail to explain of the pixel.
+    Upstream does it twice, with a wide and a narrow box of fixed size. Here it goes from a single pixel to full
+    resolution, doubling the size at each level, and corrects the background, too: no box has to suit the photo's size.
 
     Args:
         image: (B, 3, H, W) or (3, H, W), float in [0, 1].
         alpha: (B, 1, H, W), (1, H, W) or (H, W), float in [0, 1].
-        kernels: Sizes of the wide and the narrow box in pixels. By default the reference's 90 and 6, larger in proportion
-            for images whose longer side exceeds 1024.
+        kernels: Sides of upstream's boxes in pixels, to run its estimator instead; (90, 6) are its own. The result is
+            that of its CPU version except near borders, where boxes end here and the image is mirrored there.
 
     Returns:
-        Shape and dtype of `image`. Where alpha is 1 it is the image itself; where alpha is 0, colours continue smoothly
-        from the edge near it and fade to black far from it.
+        Shape and dtype of `image`. Where alpha is 1 it is the image itself, where it is 0 colours of the foreground
+        nearby go on.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or the values are no floats.
     """
     _check_shapes(image, alpha)
+    if not (image.is_floating_point() and alpha.is_floating_point()):
+        raise ValueError(
+            f"Image and alpha must be floats in [0, 1], not {image.dtype} and {alpha.dtype}: divide by 255."
+        )
     images = image if image.dim() == 4 else image[None]
-    alphas = alpha.reshape(len(images), 1, *alpha.shape[-2:]).to(images.dtype)
+    alphas = alpha.reshape(len(images), 1, *alpha.shape[-2:])
+    pairs = [(picture.float(), matte.float()) for picture, matte in zip(images, alphas, strict=True)]
     if kernels is None:
-        scale = max(1.0, max(images.shape[-2:]) / REFERENCE_SIDE)
-        kernels = tuple(round(kernel * scale) for kernel in REFERENCE_KERNELS)
-    refined = [_refine(picture, matte, *kernels) for picture, matte in zip(images, alphas, strict=True)]
-    return torch.stack(refined).reshape(image.shape)
+        refined = [_refine_coarse_to_fine(picture, matte) for picture, matte in pairs]
+    else:
+        refined = [_refine_as_upstream(picture, matte, kernels) for picture, matte in pairs]
+    return torch.stack(refined).reshape(image.shape).to(image.dtype)
 
 
-def _refine(image: torch.Tensor, alpha: torch.Tensor, wide: int, narrow: int) -> torch.Tensor:
-    """`refine_foreground` of one image (3, H, W) with alpha (1, H, W)."""
-    height, width = image.shape[-2:]
-    # First pass: foreground and background both start from the image.
-    wide_colours, wide_step = _average_colours(image, image, alpha, wide)
-    refined = torch.empty_like(image)
-    margin = -(-narrow // ALIGNMENT) * ALIGNMENT
-    for top in range(0, height, TILE):
-        for left in range(0, width, TILE):
-            bottom, right = min(top + TILE, height), min(left + TILE, width)
-            inside = (slice(None), slice(top, bottom), slice(left, right))
-            lowest, highest = alpha[inside].aminmax()
-            if lowest >= 1 - HALF_STEP:
-                refined[inside] = image[inside]
-            elif highest <= HALF_STEP:
-                refined[inside] = _enlarge(wide_colours[:3], wide_step, (top, bottom), (left, right))
-            else:
-                # Second pass, on the tile and as much around it as the narrow box reaches.
-                rows = max(0, top - margin), min(height, bottom + margin)
-                columns = max(0, left - margin), min(width, right + margin)
-                around = (slice(None), slice(*rows), slice(*columns))
-                foreground, background = _enlarge(wide_colours, wide_step, rows, columns).split(3)
-                foreground = _explain(image[around], alpha[around], foreground, background)
-                colours, step = _average_colours(foreground, background, alpha[around], narrow)
-                rows, columns = (top - rows[0], bottom - rows[0]), (left - columns[0], right - columns[0])
-                foreground, background = _enlarge(colours, step, rows, columns).split(3)
-                foreground = _explain(image[inside], alpha[inside], foreground, background)
-                refined[inside] = torch.where(alpha[inside] >= 1 - HALF_STEP, image[inside], foreground)
-    return refined
+def _refine_coarse_to_fine(image: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """The default of `refine_foreground`, for one image (3, H, W) with alpha (1, H, W)."""
+    tile = TILE if image.device.type == "cpu" else TILE_ON_ACCELERATORS
+    num_levels = (max(image.shape[-2:]) - 1).bit_length() + 1
+    coarsest = (slice(None), *(slice(None, None, 2 ** (num_levels - 1)),) * 2)
+    layers = image[coarsest].repeat(2, 1, 1)  # (6, 1, 1): both layers start from the image
+    for level in reversed(range(num_levels)):
+        # Pixels are left out, not averaged: each that stays obeys the compositing equation.
+        step = (slice(None), *(slice(None, None, 2**level),) * 2)
+        level_image, level_alpha = image[step], alpha[step]
+        num_passes = PASSES[min(level, len(PASSES) - 1)]
+        height, width = level_alpha.shape[-2:]
+        coarser, layers = layers, image.new_empty((6 if level else 3, height, width))
+        for top in range(0, height, tile):
+            for left in range(0, width, tile):
+                inside = (slice(None), slice(top, top + tile), slice(left, left + tile))
+                # Each pass spoils one more pixel along those edges of a tile that are not the image's.
+                y, x = max(0, top - num_passes), max(0, left - num_passes)
+                around = (slice(None), slice(y, top + tile + num_passes), slice(x, left + tile + num_passes))
+                core = (slice(None), slice(top - y, top - y + tile), slice(left - x, left - x + tile))
+                picture, matte = level_image[around], level_alpha[around]
+                is_soft = bool(((matte > HALF_STEP) & (matte < 1 - HALF_STEP)).any())
+                if level == 0 and not is_soft and bool((matte[core] > HALF_STEP).all()):
+                    layers[inside] = picture[core]
+                    continue
+                estimate = coarser if level == num_levels - 1 else _double(coarser, y, x, *matte.shape[-2:])
+                if is_soft:
+                    picture, matte = picture.contiguous(), matte.contiguous()
+                    for _ in range(num_passes):
+                        estimate = _blur(*_correct(picture, matte, estimate), matte, WINDOW, fallback=estimate)
+                if level > 0:
+                    layers[inside] = estimate[core]
+                else:
+                    colours = _correct(picture, matte, estimate)[0] if is_soft else estimate[:3]
+                    layers[inside] = torch.where(matte[core] >= 1 - HALF_STEP, picture[core], colours[core])
+    return layers
 
 
-def _explain(
-    image: torch.Tensor, alpha: torch.Tensor, foreground: torch.Tensor, background: torch.Tensor
-) -> torch.Tensor:
-    """Moves the foreground by its share of what the composite of both colours misses of the image."""
+def _refine_as_upstream(image: torch.Tensor, alpha: torch.Tensor, kernels: tuple[int, ...]) -> torch.Tensor:
+    """Upstream's estimator (image_proc.py, FB_blur_fusion_foreground_estimator_cpu_2) for one image."""
+    foreground = background = image
+    for kernel in kernels:
+        layers = _blur(foreground, background, alpha, kernel)
+        foreground, background = _correct(image, alpha, layers)[0], layers[3:]
+    return torch.where(alpha >= 1 - HALF_STEP, image, foreground)
+
+
+def _correct(image: torch.Tensor, alpha: torch.Tensor, layers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moves both layers by their shares of what their composite misses of the image.
+
+    Args:
+        image: (3, H, W).
+        alpha: (1, H, W).
+        layers: (6, H, W), foreground and background.
+
+    Returns:
+        Foreground and background, each (3, H, W).
+    """
+    foreground, background = layers.split(3)
     missing = image - torch.lerp(background, foreground, alpha)
-    return (foreground + alpha * missing).clamp_(0, 1)
+    return (
+        torch.addcmul(foreground, alpha, missing).clamp_(0, 1),
+        torch.addcmul(background, 1 - alpha, missing).clamp_(0, 1),
+    )
 
 
-def _average_colours(
-    foreground: torch.Tensor, background: torch.Tensor, alpha: torch.Tensor, kernel: int
-) -> tuple[torch.Tensor, int]:
-    """Averages of both colours over a box, weighted by alpha and its complement, on a grid as coarse as the box allows.
+def _blur(
+    foreground: torch.Tensor,
+    background: torch.Tensor,
+    alpha: torch.Tensor,
+    kernel: int,
+    fallback: torch.Tensor | float = 0.0,
+) -> torch.Tensor:
+    """Means of both layers over a box, weighted by alpha and its complement.
 
     Args:
         foreground, background: (3, H, W).
         alpha: (1, H, W).
         kernel: Side of the box in pixels.
+        fallback: (6, H, W), what the means tend to where the weights vanish; black by default, as upstream.
 
     Returns:
-        Foreground and background, (6, ⌈H / step⌉, ⌈W / step⌉), and the grid's step in pixels, a power of two.
+        (6, H, W).
     """
-    step = min(ALIGNMENT, 2 ** max(0, int(math.log2(kernel / CELLS_PER_BOX))))
-    weighted = torch.cat((foreground * alpha, alpha, background - background * alpha))[None]
-    if step > 1:
-        weighted = F.avg_pool2d(weighted, step, ceil_mode=True, count_include_pad=False)
-    cells = round(kernel / step)
-    weighted = _box_blur(weighted[0], cells + 1 - cells % 2)
-    alpha = weighted[3:4]
-    return torch.cat((weighted[:3] / (alpha + EPSILON), weighted[4:] / (1 - alpha + EPSILON))), step
+    rest = 1 - alpha
+    sums = _box_sum(torch.cat((foreground * alpha, background * rest, alpha, rest)), kernel)
+    floor = EPSILON * kernel**2
+    means = sums[:6] + floor * fallback
+    means[:3] /= sums[6:7] + floor
+    means[3:] /= sums[7:8] + floor
+    return means
 
 
-def _box_blur(maps: torch.Tensor, size: int) -> torch.Tensor:
-    """Mean over size × size pixels (size odd), of them those within the map: (C, H, W) → the same."""
+def _box_sum(maps: torch.Tensor, size: int) -> torch.Tensor:
+    """Sums over size × size pixels, of them those within the map: (C, H, W) → the same. An even size reaches one pixel
+    further up and left, as OpenCV's box does.
+
+    Boxes are put together from boxes of 1, 2, 4, … pixels, which takes few additions and loses no precision, as the
+    difference of two running sums would.
+    """
+    before, after = size // 2, (size - 1) // 2
+    maps = F.pad(maps, (before, after, before, after))
     for dim in (1, 2):
-        length = maps.shape[dim]
-        sums = F.pad(maps.cumsum(dim), (1, 0) if dim == 2 else (0, 0, 1, 0))
-        position = torch.arange(length, device=maps.device)
-        end, start = (position + size // 2 + 1).clamp(max=length), (position - size // 2).clamp(min=0)
-        count = (end - start).to(maps.dtype).view((1, 1, -1) if dim == 2 else (1, -1, 1))
-        maps = (sums.index_select(dim, end) - sums.index_select(dim, start)).div_(count).clamp_(min=0)
+        length = maps.shape[dim] - size + 1
+        total, reached, part = None, 0, 1
+        while part <= size:
+            if size & part:
+                piece = maps.narrow(dim, reached, length)
+                total = piece if total is None else total + piece
+                reached += part
+            if 2 * part <= size:
+                rest = maps.shape[dim] - part
+                maps = maps.narrow(dim, 0, rest) + maps.narrow(dim, part, rest)
+            part *= 2
+        maps = total
     return maps
 
 
-def _enlarge(grid: torch.Tensor, step: int, rows: tuple[int, int], columns: tuple[int, int]) -> torch.Tensor:
-    """A rectangle of pixels out of a grid of cells of step × step pixels, interpolated between the cells' centres.
-
-    Args:
-        grid: (C, ⌈H / step⌉, ⌈W / step⌉).
-        step: Pixels per cell and side.
-        rows, columns: First pixel and the one behind the last.
-
-    Returns:
-        (C, rows, columns).
-    """
-    if step == 1:
-        return grid[:, slice(*rows), slice(*columns)]
-    first_row, first_column = rows[0] // step, columns[0] // step
-    # One cell more on each side, repeated at the border, so that interpolation is the same for every rectangle.
-    padded = F.pad(grid[None], (1, 1, 1, 1), mode="replicate")
-    cells = padded[:, :, first_row : (rows[1] - 1) // step + 3, first_column : (columns[1] - 1) // step + 3]
-    pixels = F.interpolate(cells, scale_factor=step, mode="bilinear")[0]
-    top, left = rows[0] - (first_row - 1) * step, columns[0] - (first_column - 1) * step
-    return pixels[:, top : top + rows[1] - rows[0], left : left + columns[1] - columns[0]]
+def _double(layers: torch.Tensor, y: int, x: int, height: int, width: int) -> torch.Tensor:
+    """The rectangle at (y, x) of `layers` at twice its resolution, each pixel repeated: (C, height, width)."""
+    part = layers[None, :, y // 2 : (y + height + 1) // 2, x // 2 : (x + width + 1) // 2]
+    pixels = F.interpolate(part, scale_factor=2, mode="nearest")[0]
+    return pixels[:, y % 2 : y % 2 + height, x % 2 : x % 2 + width]
 
 
 def parse_background(

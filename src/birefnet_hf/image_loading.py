@@ -5,6 +5,7 @@ import binascii
 import http.client
 import io
 import ipaddress
+import logging
 import os
 import secrets
 import socket
@@ -15,11 +16,13 @@ import time
 import warnings
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes, urljoin, urlsplit
+from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+
+logger = logging.getLogger(__name__)
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
@@ -28,8 +31,19 @@ MAX_DOWNLOAD_BYTES = 50 * 2**20
 MAX_REDIRECTS = 5
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Special ranges that Python's `is_global` lets through: site-local, documentation, IPv4 dummy and 6to4 relay.
+_SPECIAL = [ipaddress.ip_network(network) for network in ("fec0::/10", "3fff::/20", "192.0.0.0/24", "192.88.99.0/24")]
 # What Pillow's decoders raise on damaged files, each format its own.
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    RuntimeError,  # and with it NotImplementedError
+    struct.error,
+    Image.DecompressionBombError,
+)
 
 
 class ImageLoadError(ValueError):
@@ -95,8 +109,8 @@ def load_image(
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(source) as image:
                 return _upright_rgb(image, max_pixels)
-    except ImageLoadError:
-        raise
+    except ImageLoadError as error:
+        raise (error if name in str(error) or name == "the image" else ImageLoadError(f"{name}: {error}")) from None
     except UnidentifiedImageError as error:
         raise ImageLoadError(f"{name} is no image, or of a format that Pillow does not know.") from error
     except _DECODING_ERRORS as error:
@@ -110,7 +124,10 @@ def _upright_rgb(image: Image.Image, max_pixels: int | None) -> Image.Image:
     if width == 0 or height == 0:
         raise ImageLoadError(f"the image is empty ({width}×{height} pixels).")
     image.load()
-    image = ImageOps.exif_transpose(image)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except _DECODING_ERRORS as error:
+        logger.warning("EXIF data cannot be read, the image is taken as it lies: %s", error)
     if image.mode.startswith("I") or image.mode == "F":
         # Pillow clips these at 255 instead of scaling them.
         values = np.asarray(image).astype(np.float32)
@@ -150,13 +167,19 @@ def _decode_data_url(url: str, max_bytes: int) -> bytes:
 class _PinnedConnection(http.client.HTTPConnection):
     """A connection to an address that has been checked: the name is not resolved again, which could give another one."""
 
-    def __init__(self, host: str, port: int, address: str, tls: ssl.SSLContext | None, timeout: float):
+    def __init__(self, host: str, port: int, addresses: list[str], tls: ssl.SSLContext | None, timeout: float):
         super().__init__(host, port, timeout=timeout)
-        self.address = address
+        self.addresses = addresses
         self.tls = tls
 
     def connect(self) -> None:
-        self.sock = socket.create_connection((self.address, self.port), self.timeout)
+        for index, address in enumerate(self.addresses, start=1):
+            try:
+                self.sock = socket.create_connection((address, self.port), self.timeout)
+                break
+            except OSError:  # a machine without IPv6, say
+                if index == len(self.addresses):
+                    raise
         if self.tls is not None:
             self.sock = self.tls.wrap_socket(self.sock, server_hostname=self.host)
 
@@ -193,14 +216,15 @@ def fetch(
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ImageLoadError(f"{current} is no http or https address.")
         port = port or (443 if parts.scheme == "https" else 80)
-        address = _resolve(parts.hostname, port, allow_private)
+        addresses = _resolve(parts.hostname, port, allow_private)
         tls = ssl.create_default_context() if parts.scheme == "https" else None
         remaining = deadline - time.monotonic()
-        connection = _PinnedConnection(parts.hostname, port, address, tls, timeout=max(remaining, 0.001))
+        connection = _PinnedConnection(parts.hostname, port, addresses, tls, timeout=max(remaining, 0.001))
         watchdog = threading.Timer(max(remaining, 0.001), _hang_up, [connection])
         watchdog.start()
         try:
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            path = quote(path, safe="/?&=%:@!$'()*+,;~[]-._")
             connection.request("GET", path, headers={"User-Agent": "birefnet_hf", "Accept": "image/*"})
             response = connection.getresponse()
             location = response.getheader("Location")
@@ -247,8 +271,8 @@ def _read_body(response: http.client.HTTPResponse, url: str, max_bytes: int, dea
     return bytes(body)
 
 
-def _resolve(host: str, port: int, allow_private: bool) -> str:
-    """An address of the host; all that its name stands for must be public.
+def _resolve(host: str, port: int, allow_private: bool) -> list[str]:
+    """The addresses of the host; all that its name stands for must be public.
 
     Raises:
         ImageLoadError: the name is unknown, or leads to a private, loopback, link-local or otherwise special address.
@@ -260,7 +284,7 @@ def _resolve(host: str, port: int, allow_private: bool) -> str:
     addresses = [info[4][0] for info in found]
     if not allow_private and not all(_is_public(address) for address in addresses):
         raise ImageLoadError(f"{host} leads to an address that is not public, which is not allowed.")
-    return addresses[0]
+    return addresses
 
 
 def _is_public(address: str) -> bool:
@@ -272,7 +296,8 @@ def _is_public(address: str) -> bool:
             embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if embedded:
             return _is_public(str(embedded))
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+    special = any(ip.version == network.version and ip in network for network in _SPECIAL)
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved and not special
 
 
 def save_image(image: Image.Image, path: str | os.PathLike[str], **parameters: Any) -> None:

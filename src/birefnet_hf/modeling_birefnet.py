@@ -457,8 +457,14 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
         elif isinstance(module, BiRefNetSwinAttention):
             init.trunc_normal_(module.relative_position_bias_table, std=self.config.initializer_range)
             init.copy_(module.relative_position_index, relative_position_index(module.window_size))
-        elif hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()  # timm's rotary tables, which no file holds
+        else:
+            # timm's modules know their own initial values, and rebuild the rotary tables that no file holds.
+            for name in ("cls_token", "reg_token"):
+                if isinstance(getattr(module, name, None), nn.Parameter):
+                    init.trunc_normal_(getattr(module, name), std=self.config.initializer_range)
+            for name in ("reset_parameters", "init_non_persistent_buffers"):
+                if hasattr(module, name):
+                    getattr(module, name)()
 
     @classmethod
     def from_pretrained(
@@ -622,7 +628,7 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
                 gradient_logits=gradient_logits,
                 gradient_targets=gradient_targets,
                 class_logits=class_logits,
-                class_labels=class_ids,
+                class_labels=class_ids if self.training else None,  # the head is an auxiliary of training
             )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
