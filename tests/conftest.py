@@ -11,6 +11,9 @@ from safetensors.torch import load_file, save_file
 from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
 
 
+torch.set_num_threads(1)  # for networks as small as these, more threads cost time, above all on a busy machine
+
+
 def tiny_settings(**changes) -> dict:
     """Keyword arguments of a BiRefNetConfig whose network has some 100 000 parameters."""
     settings = {

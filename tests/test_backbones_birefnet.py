@@ -119,7 +119,7 @@ def test_windows_are_put_together_again():
     windows = partition_windows(tokens, WINDOW)
     assert windows.shape == (3 * 2 * 3, 16, 5)
     assert torch.equal(windows[4].view(WINDOW, WINDOW, 5), tokens[0, 4:8, 4:8])
-    assert torch.equal(merge_windows(windows, WINDOW, 8, 12), tokens)
+    assert torch.equal(merge_windows(windows, WINDOW, 3, 8, 12), tokens)
 
 
 @torch.no_grad()

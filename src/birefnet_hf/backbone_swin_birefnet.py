@@ -38,18 +38,24 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2), weights
 
 
+def round_up(size: int, divisor: int) -> int:
+    """The next multiple of `divisor`. Written as a product, which symbolic shapes can see the divisibility of."""
+    return (size + divisor - 1) // divisor * divisor
+
+
 def partition_windows(tokens: torch.Tensor, window_size: int) -> torch.Tensor:
     """(B, H, W, C) → (B * windows, window_size², C); H and W are multiples of `window_size`."""
     batch_size, height, width, channels = tokens.shape
-    tokens = tokens.view(batch_size, height // window_size, window_size, width // window_size, window_size, channels)
-    return tokens.transpose(2, 3).reshape(-1, window_size * window_size, channels)
+    rows, columns = height // window_size, width // window_size
+    tokens = tokens.view(batch_size, rows, window_size, columns, window_size, channels)
+    return tokens.transpose(2, 3).reshape(batch_size * rows * columns, window_size * window_size, channels)
 
 
-def merge_windows(windows: torch.Tensor, window_size: int, height: int, width: int) -> torch.Tensor:
+def merge_windows(windows: torch.Tensor, window_size: int, batch_size: int, height: int, width: int) -> torch.Tensor:
     """(B * windows, window_size², C) → (B, height, width, C): the inverse of `partition_windows`."""
-    channels = windows.shape[-1]
-    windows = windows.reshape(-1, height // window_size, width // window_size, window_size, window_size, channels)
-    return windows.transpose(2, 3).reshape(-1, height, width, channels)
+    rows, columns, channels = height // window_size, width // window_size, windows.shape[-1]
+    windows = windows.reshape(batch_size, rows, columns, window_size, window_size, channels)
+    return windows.transpose(2, 3).reshape(batch_size, height, width, channels)
 
 
 def relative_position_index(window_size: int) -> torch.Tensor:
@@ -124,11 +130,10 @@ class BiRefNetSwinAttention(nn.Module):
             (B, H, W, C) and, in eager attention, the weights (B * windows, heads, window_size², window_size²).
         """
         batch_size, height, width, channels = hidden_states.shape
-        pad_height, pad_width = -height % self.window_size, -width % self.window_size
-        padded_height, padded_width = height + pad_height, width + pad_width
+        padded_height, padded_width = (round_up(size, self.window_size) for size in (height, width))
 
         qkv = self.qkv(hidden_states)  # (B, H, W, 3C)
-        if pad_height or pad_width:
+        if (padded_height, padded_width) != (height, width):
             real = qkv
             # The bias, asked of the module because adapters and offloaded weights take effect when it is called.
             padding = self.qkv(hidden_states.new_zeros(1, 1, 1, channels))
@@ -137,7 +142,7 @@ class BiRefNetSwinAttention(nn.Module):
         if shift:
             qkv = torch.roll(qkv, shifts=(-shift, -shift), dims=(1, 2))
         qkv = partition_windows(qkv, self.window_size)  # (B * windows, tokens, 3C)
-        qkv = qkv.view(*qkv.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = qkv.view(*qkv.shape[:2], 3, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)  # each (B * windows, heads, tokens, C / heads)
 
         mask = self.position_bias().to(query.dtype)
@@ -151,7 +156,7 @@ class BiRefNetSwinAttention(nn.Module):
             self, query, key, value, mask, dropout=0.0, scaling=self.scaling, is_causal=False, **kwargs
         )
         output = output.reshape(*output.shape[:2], channels)  # (B * windows, tokens, C)
-        output = merge_windows(output, self.window_size, padded_height, padded_width)
+        output = merge_windows(output, self.window_size, batch_size, padded_height, padded_width)
         if shift:
             output = torch.roll(output, shifts=(shift, shift), dims=(1, 2))
         return self.proj(output[:, :height, :width]), weights
@@ -241,8 +246,8 @@ class BiRefNetSwinStage(nn.Module):
         """(B, H, W, C) → this stage's output (B, H, W, C) and the next one's input (B, ⌈H/2⌉, ⌈W/2⌉, 2C)."""
         _, height, width, _ = hidden_states.shape
         shift_mask = shifted_window_mask(
-            height + -height % self.window_size,
-            width + -width % self.window_size,
+            round_up(height, self.window_size),
+            round_up(width, self.window_size),
             self.window_size,
             self.shift,
             hidden_states.dtype,

@@ -15,7 +15,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .backbone_swin_birefnet import BiRefNetSwinAttention, BiRefNetSwinBackbone, relative_position_index
+from .backbone_swin_birefnet import BiRefNetSwinAttention, BiRefNetSwinBackbone, relative_position_index, round_up
 from .backbone_timm_birefnet import build_timm_backbone
 from .configuration_birefnet import BiRefNetConfig
 from .conversion_birefnet import IGNORED_TENSORS
@@ -74,7 +74,7 @@ def resize(feature_map: torch.Tensor, size: torch.Size | tuple[int, int]) -> tor
 def pad_to_divisor(image: torch.Tensor) -> torch.Tensor:
     """Repeats the last row and column until both sides are multiples of 32; no-op where they are."""
     height, width = image.shape[-2:]
-    pad_height, pad_width = -height % SIZE_DIVISOR, -width % SIZE_DIVISOR
+    pad_height, pad_width = (round_up(size, SIZE_DIVISOR) - size for size in (height, width))
     if pad_height or pad_width:
         image = F.pad(image, (0, pad_width, 0, pad_height), mode="replicate")
     return image

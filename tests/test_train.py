@@ -1,0 +1,583 @@
+"""scripts/train.py: what a run leaves behind, exact resuming, several processes, adapters, bad data and full disks."""
+
+import functools
+import importlib.util
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import tiny_settings
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
+from birefnet_hf.data import TrainingDataset, load_pairs
+from birefnet_hf.pipeline_birefnet import load_pipeline
+from birefnet_hf.training import (
+    add_adapters,
+    average_weights,
+    copy_timm_weights,
+    list_checkpoints,
+    parameter_groups,
+    schedule_factor,
+    set_training_mode,
+)
+
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
+# Without chance, the same sums in another order remain.
+WITHOUT_DROPOUT = {"attention_block_dropout": 0.0, "drop_path_rate": 0.0}
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("train", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train"] = module  # where dataclasses look for their module
+    spec.loader.exec_module(module)
+    return module
+
+
+train = load_script()
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_fresh_accelerate():
+    """Accelerate keeps its state for the whole process, but each test is a run of its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+def draw_pair(number: int, size: int = 48) -> tuple[Image.Image, Image.Image]:
+    """A noisy picture with a bright ellipse, and the ellipse."""
+    rng = np.random.default_rng(number)
+    mask = Image.new("L", (size, size))
+    left, top = rng.integers(4, 16, 2).tolist()
+    ImageDraw.Draw(mask).ellipse((left, top, left + 24, top + 18), fill=255)
+    image = Image.fromarray(rng.integers(0, 120, (size, size, 3), dtype=np.uint8))
+    image.paste((230, 200, 60), mask=mask)
+    return image, mask
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> Path:
+    """Eight pairs, among them a greyscale and an RGBA image."""
+    root = tmp_path_factory.mktemp("pairs")
+    for name in ("im", "gt"):
+        (root / name).mkdir()
+    for number, mode in enumerate(["RGB", "L", "RGBA", *["RGB"] * 5]):
+        image, mask = draw_pair(number)
+        image.convert(mode).save(root / "im" / f"{number}.png")
+        mask.save(root / "gt" / f"{number}.png")
+    return root
+
+
+def arguments(data: Path, output: Path, *more: object, **model_settings) -> list[str]:
+    """A run of 2 epochs of 4 steps."""
+    given = [str(item) for item in more]
+    if "--model" not in given:
+        given += ["--model-settings", json.dumps(tiny_settings(**model_settings))]
+    fixed = ["--data", str(data), "--output-dir", str(output), "--epochs", "2", "--batch-size", "2"]
+    fixed += ["--num-workers", "0", "--log-steps", "1", "--trackers", "--learning-rate", "1e-3"]
+    return [*fixed, *given]
+
+
+def losses(output: Path) -> list[float]:
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+def run_python(*command: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+
+
+def assert_equal(one: object, other: object) -> None:
+    """Bit-equality of nested states."""
+    if isinstance(one, torch.Tensor | np.ndarray):
+        assert np.array_equal(np.asarray(one), np.asarray(other))
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for name in one:
+            assert_equal(one[name], other[name])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_equal(left, right)
+    else:
+        assert one == other
+
+
+@pytest.fixture
+def messages(caplog):
+    caplog.set_level(logging.INFO, logger="birefnet_hf")
+    return caplog
+
+
+class FakeHub:
+    calls: list[tuple[str, dict]] = []
+
+    def create_repo(self, repo_id: str, **kwargs) -> None:
+        self.calls.append(("create_repo", {"repo_id": repo_id}))
+
+    def upload_folder(self, **kwargs) -> None:
+        self.calls.append(("upload_folder", kwargs))
+
+
+def test_result_loads_and_is_documented(pairs, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "HfApi", FakeHub)
+    output = tmp_path / "run"
+    more = ["--validation-fraction", 0.25, "--push-to-hub", "me/cutter", "--trackers", "tensorboard"]
+    assert train.main(arguments(pairs, output, *more, "--task", "general")) == 0
+
+    for folder in (output, output / "best"):
+        model = BiRefNetForImageSegmentation.from_pretrained(folder)
+        assert model.config.loss_task == "general"
+        assert model.config.image_size == (64, 64)
+        photo = draw_pair(0)[0]
+        assert load_pipeline(folder)(photo).mode == "RGBA"
+        assert load_pipeline(folder, task="image-segmentation")(photo)[0]["mask"].size == photo.size
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    assert results["before"]["step"] == 0
+    assert results["last"]["step"] == 6
+    assert results["best"]["iou"] == max(results[name]["iou"] for name in ("before", "best", "last"))
+    with Image.open(output / "samples" / "step-00000006.png") as samples:
+        assert samples.size == (3 * 256, 2 * 260)
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for part in (
+        "6 samples of",
+        "2 for validation, held out",
+        "| before training | 0 |",
+        "| learning_rate | `0.001` |",
+    ):
+        assert part in card
+    assert list((output / "logs").rglob("events.out.tfevents.*"))
+    assert [path.name for path in list_checkpoints(output / "checkpoints")] == ["step-00000003", "step-00000006"]
+    assert not list(output.rglob(".partial-*"))
+    assert [name for name, _ in FakeHub.calls] == ["create_repo", "upload_folder"]
+    assert FakeHub.calls[1][1]["repo_id"] == "me/cutter"
+    assert train.main(arguments(pairs, output, *more)) == 1  # a finished run is not overwritten
+
+
+KILL_WHILE_SAVING = """
+import importlib.util, os, signal, sys
+sys.path[:0] = [{tests!r}]
+import torch; torch.set_num_threads(1)
+from test_train import train
+original, calls = train.Accelerator.save_state, []
+def save_state(self, folder):
+    original(self, folder)
+    calls.append(folder)
+    if len(calls) == 2:
+        path = os.path.join(folder, "optimizer.bin")
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+train.Accelerator.save_state = save_state
+train.main({argv!r})
+"""
+
+
+def test_resume_is_exact_after_sigkill_while_saving(pairs, tmp_path):
+    """Dropout, augmentation, sizes, momentum, average and learning rate go on as if nothing had happened."""
+    more = ["--checkpoint-steps", 2, "--dynamic-size", 64, 96, "--validation-fraction", 0.01]
+    more += ["--batch-size", 1, "--gradient-accumulation", 2, "--keep-checkpoints", 9, "--metrics", "mae"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert train.main(arguments(pairs, whole, *more)) == 0
+
+    argv = arguments(pairs, broken, *more)
+    killed = run_python("-c", KILL_WHILE_SAVING.format(tests=str(Path(__file__).parent), argv=argv))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    # 3 steps an epoch: the last complete checkpoint is from within the first, half of another from within the second.
+    assert [path.name for path in list_checkpoints(broken / "checkpoints")] == ["step-00000002"]
+    assert list((broken / "checkpoints").glob(".partial-*"))
+    assert train.main([*argv, "--resume"]) == 0
+    assert not list((broken / "checkpoints").glob(".partial-*"))
+
+    names = [path.name for path in list_checkpoints(whole / "checkpoints")]
+    assert names == [path.name for path in list_checkpoints(broken / "checkpoints")] and len(names) == 3
+    for file in ("model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl"):
+        load = load_file if file.endswith("safetensors") else lambda path: torch.load(path, weights_only=False)
+        states = [load(folder / "checkpoints" / names[-1] / file) for folder in (whole, broken)]
+        assert_equal(*states)
+    assert_equal(load_file(whole / "model.safetensors"), load_file(broken / "model.safetensors"))
+    assert losses(whole) == losses(broken)
+
+
+@pytest.fixture(scope="module")
+def curve_of_batch_4(pairs, tmp_path_factory) -> list[float]:
+    output = tmp_path_factory.mktemp("batch4") / "run"
+    more = ["--batch-size", 4, "--batch-norm", "frozen"]
+    assert train.main(arguments(pairs, output, *more, **WITHOUT_DROPOUT)) == 0
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    return losses(output)
+
+
+def test_two_processes_are_one_with_the_doubled_batch(pairs, tmp_path, curve_of_batch_4):
+    """Over gloo. With BatchNorm frozen: else each process normalises by its own half, see the last but one test."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = arguments(pairs, tmp_path / "run", "--batch-norm", "frozen", **WITHOUT_DROPOUT)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), str(SCRIPT)]
+    finished = run_python(*launcher, *argv)
+    assert finished.returncode == 0, finished.stderr
+    assert "2 process(es)" in finished.stderr
+    assert losses(tmp_path / "run") == pytest.approx(curve_of_batch_4, rel=1e-4)
+
+
+def test_accumulated_batches_are_one_large_batch(pairs, tmp_path, curve_of_batch_4):
+    more = ["--gradient-accumulation", 2, "--batch-norm", "frozen"]
+    assert train.main(arguments(pairs, tmp_path / "run", *more, **WITHOUT_DROPOUT)) == 0
+    assert losses(tmp_path / "run") == pytest.approx(curve_of_batch_4, rel=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_batch_norm_is_why_halves_of_a_batch_are_not_the_whole(frozen):
+    """Mean gradient of two halves against that of the whole batch: equal without statistics of the batch, else not."""
+    torch.manual_seed(0)
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(**tiny_settings(**WITHOUT_DROPOUT)))
+    set_training_mode(model, freeze_batch_norm=frozen)
+    pixel_values, labels = torch.randn(4, 3, 64, 64), torch.rand(4, 1, 64, 64)
+
+    def gradient(parts: list[slice]) -> torch.Tensor:
+        model.zero_grad()
+        for part in parts:
+            (model(pixel_values[part], labels=labels[part]).loss / len(parts)).backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    whole, halves = gradient([slice(0, 4)]), gradient([slice(0, 2), slice(2, 4)])
+    difference = float((whole - halves).norm() / whole.norm())
+    assert difference < 1e-4 if frozen else difference > 1e-2
+
+
+def test_trainer_of_transformers_scales_the_loss_under_accumulation(pairs, tmp_path):
+    """Two accumulated batches of 2 move the weights as one of 4 does."""
+    processor = BiRefNetImageProcessor(size={"height": 64, "width": 64})
+    dataset = TrainingDataset(load_pairs(pairs), processor)
+    weights = []
+    for batch_size, accumulation in ((4, 1), (2, 2)):
+        torch.manual_seed(0)
+        model = BiRefNetForImageSegmentation(BiRefNetConfig(**tiny_settings(**WITHOUT_DROPOUT)))
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.0
+                module.forward = nn.Identity().forward  # statistics of another batch would hide what is tested
+        settings = TrainingArguments(
+            output_dir=tmp_path / f"{batch_size}",
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=1e-4,
+            max_grad_norm=1e9,
+            use_cpu=True,
+            report_to=[],
+            seed=0,
+        )
+        trainer = Trainer(model=model, args=settings, train_dataset=dataset)
+        assert np.isfinite(trainer.train().training_loss)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()]))
+    torch.manual_seed(0)
+    start = BiRefNetForImageSegmentation(BiRefNetConfig(**tiny_settings(**WITHOUT_DROPOUT)))
+    moved = weights[0] - torch.cat([parameter.detach().flatten() for parameter in start.parameters()])
+    assert moved.norm() > 0
+    assert (weights[1] - weights[0]).norm() < 1e-3 * moved.norm()
+
+
+def test_adapters_are_trained_saved_and_merged(pairs, tiny_model_dir, tmp_path):
+    from peft import PeftModel
+
+    output = tmp_path / "run"
+    more = ["--model", tiny_model_dir, "--lora-rank", 2, "--merge-lora", "--epochs", 1]
+    assert train.main(arguments(pairs, output, *more)) == 0
+    pixel_values = torch.randn(1, 3, 64, 64)
+    start, merged = (
+        BiRefNetForImageSegmentation.from_pretrained(folder).eval() for folder in (tiny_model_dir, output)
+    )
+    adapted = PeftModel.from_pretrained(
+        BiRefNetForImageSegmentation.from_pretrained(tiny_model_dir), output / "adapter"
+    ).eval()
+    # transformers applies adapters by itself, to the model that their settings name.
+    by_itself = BiRefNetForImageSegmentation.from_pretrained(output / "adapter").eval()
+    with torch.no_grad():
+        logits = merged(pixel_values).logits
+        torch.testing.assert_close(adapted(pixel_values=pixel_values).logits, logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(by_itself(pixel_values).logits, logits, atol=1e-5, rtol=1e-5)
+        assert (start(pixel_values).logits - logits).abs().max() > 1e-3
+    changed = {
+        name for name, tensor in merged.state_dict().items() if not torch.equal(tensor, start.state_dict()[name])
+    }
+    assert changed and not any("norm" in name for name in changed)  # frozen statistics: they are in no adapter
+
+
+def test_every_adapter_has_a_gradient(tiny_model_dir):
+    model = add_adapters(BiRefNetForImageSegmentation.from_pretrained(tiny_model_dir), rank=2, alpha=4)
+    set_training_mode(model)
+    model(pixel_values=torch.randn(2, 3, 64, 64), labels=torch.rand(2, 1, 64, 64)).loss.backward()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("backbone" in name for name in trained) and any("mask_head" in name for name in trained)
+    assert [name for name, parameter in trained.items() if parameter.grad is None] == []
+    with pytest.raises(ValueError, match="not from scratch"):
+        add_adapters(BiRefNetForImageSegmentation(BiRefNetConfig(**tiny_settings())), rank=2, alpha=4)
+
+
+@pytest.fixture
+def damaged_pairs(pairs, copy_of) -> Path:
+    """One image whose middle is damaged, which the fast check does not see."""
+    root = copy_of(pairs)
+    path = root / "im" / "5.png"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 200] = bytes(200)
+    path.write_bytes(bytes(content))
+    return root
+
+
+def test_damaged_image_in_the_middle_of_an_epoch(damaged_pairs, tmp_path, messages):
+    argv = arguments(damaged_pairs, tmp_path / "run", "--checkpoint-steps", 1, "--epochs", 1)
+    assert train.main(argv) == 1
+    assert "5.png" in messages.text and "--on-bad-data skip" in messages.text
+    done = list_checkpoints(tmp_path / "run" / "checkpoints")
+    messages.clear()
+    assert train.main([*argv, "--on-bad-data", "skip", "--resume"]) == 0
+    assert "Replaced by the next sample" in messages.text and "5.png" in messages.text
+    assert 0 < len(done) < 4 == len(losses(tmp_path / "run"))
+
+
+def test_bad_pairs_are_named_at_the_start(pairs, copy_of, tmp_path, messages):
+    root = copy_of(pairs)
+    Image.new("L", (40, 48), 255).save(root / "gt" / "3.png")
+    assert train.main(arguments(root, tmp_path / "run")) == 1
+    assert "3.png" in messages.text and "the mask is 40×48" in messages.text
+
+
+def test_full_disk_leaves_the_last_checkpoint_usable(pairs, tmp_path, messages):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting needs root")
+    try:
+        argv = arguments(pairs, disk / "run", "--checkpoint-steps", 1, "--epochs", 1)
+        assert train.main(argv) == 1
+        assert "step 2 could not be saved" in messages.text and "step-00000001 is intact" in messages.text
+        assert not list((disk / "run" / "checkpoints").glob(".partial-*"))
+        subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+        assert train.main([*argv, "--resume"]) == 0
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)  # loaded weights may still be mapped
+
+
+def test_foreign_folders_are_refused(pairs, tmp_path, messages):
+    run = tmp_path / "run"
+    assert train.main(arguments(pairs, run, "--epochs", 1, "--checkpoint-steps", 4)) == 0
+    checkpoint = list_checkpoints(run / "checkpoints")[-1]
+
+    messages.clear()
+    assert train.main(arguments(pairs, tmp_path / "a", "--resume", checkpoint, inner_channels=12)) == 1
+    assert "another architecture (inner_channels: 8 and 12" in messages.text
+    messages.clear()
+    assert train.main(arguments(pairs, tmp_path / "b", "--resume", checkpoint, "--batch-size", 4)) == 1
+    assert "batch_size: 2 and 4" in messages.text
+    messages.clear()
+    assert train.main(arguments(pairs, tmp_path / "c", "--resume", pairs)) == 1
+    assert "is not a checkpoint" in messages.text
+
+    foreign = tmp_path / "resnet"
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"model_type": "resnet", "architectures": ["ResNetForImageClassification"]}')
+    messages.clear()
+    assert train.main(arguments(pairs, tmp_path / "d", "--model", foreign)) == 1
+    assert "resnet" in messages.text
+
+
+def test_settings_come_from_recipe_file_and_command_line(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text(
+        "data: photos\noutput_dir: runs/x\nmodel_settings: {backbone: swin_v1_t}\nsize: [64, 96]\ncutouts: true\n"
+        "recipe: upstream\nlearning_rate: 2e-4\nmax_grad_norm: 5\nseed: null\n",
+        encoding="utf-8",
+    )
+    settings = train.parse_arguments(["--config", str(file), "--max-grad-norm", "3"])
+    assert settings.model_settings == {"backbone": "swin_v1_t"}
+    assert (settings.size, settings.cutouts, settings.learning_rate, settings.seed) == ([64, 96], True, 2e-4, 7)
+    assert (settings.schedule, settings.augmentation, settings.ema_decay) == ("constant", "upstream", 0.0)
+    assert settings.max_grad_norm == 3
+    settings = train.parse_arguments(["--config", str(file), "--recipe", "default"])
+    assert (settings.schedule, settings.max_grad_norm) == ("cosine", 5)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--output-dir", "x", "--model", "y"], "--data"),
+        (["--output-dir", "x", "--data", "z"], "nothing to train"),
+        (["--output-dir", "x", "--data", "z", "--model", "y", "--best-metric", "mse"], "is not measured"),
+        (["--output-dir", "x", "--data", "z", "--model", "y", "--metrics", "psnr"], "no metrics psnr"),
+        (["--output-dir", "x", "--data", "z", "--model-settings", "nowhere.json"], "neither JSON nor a file"),
+    ],
+)
+def test_wrong_settings_are_explained(wrong, message, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_arguments(wrong)
+    assert message in capsys.readouterr().err
+
+
+def test_held_out_cutouts_are_not_composed_into_training_pictures(tmp_path):
+    for number in range(10):
+        image, mask = draw_pair(number)
+        image.putalpha(mask)
+        image.save(tmp_path / f"{number}.png")
+    settings = train.parse_arguments(
+        ["--data", str(tmp_path), "--cutouts", "--validation-fraction", "0.3", "--output-dir", "x", "--backbone", "y"]
+    )
+    training, validation = train.load_data(settings, (64, 64))
+    assert (len(training), len(validation)) == (7, 3)
+    sources = [
+        {row["image"]["path"] for row in part.format["format_kwargs"]["transform"].cutouts.rows}
+        for part in (training, validation)
+    ]
+    assert len(sources[0]) == 7 and len(sources[1]) == 3 and not sources[0] & sources[1]
+
+
+def test_schedule():
+    def rates(schedule: str, **more) -> list[float]:
+        return [schedule_factor(schedule, step, 8, **more) for step in range(8)]
+
+    assert rates("constant", warmup_steps=2) == [0.5] + [1.0] * 7
+    assert rates("step", milestones=[2, 6], milestone_factor=0.5) == [1.0] * 2 + [0.5] * 4 + [0.25] * 2
+    cosine = rates("cosine", warmup_steps=4)
+    assert cosine[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert cosine[4:] == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
+    with pytest.raises(ValueError, match="no schedule"):
+        rates("linear")
+
+
+def test_parameter_groups_by_depth_and_kind(tiny_model):
+    tiny_model.backbone.layers[0].requires_grad_(False)
+    groups = parameter_groups(tiny_model, 1e-3, backbone_learning_rate=1e-4, layer_decay=0.5)
+    by_parameter = {id(parameter): group for group in groups for parameter in group["params"]}
+    assert len(by_parameter) == sum(parameter.requires_grad for parameter in tiny_model.parameters())
+
+    def settings(name: str) -> tuple[float, float]:
+        group = by_parameter[id(tiny_model.get_parameter(name))]
+        return group["lr"], group["weight_decay"]
+
+    assert settings("decoder.mask_head.weight") == (1e-3, 1e-2)
+    assert settings("decoder.mask_head.bias") == (1e-3, 0.0)
+    assert settings("backbone.layers.3.blocks.1.mlp.fc1.weight") == (1e-4, 1e-2)
+    assert settings("backbone.layers.2.blocks.0.mlp.fc1.weight") == (5e-5, 1e-2)
+    assert settings("backbone.norms.1.weight") == (2.5e-5, 0.0)
+    assert settings("backbone.patch_embed.proj.weight") == (1.25e-5, 1e-2)
+    decayed = parameter_groups(tiny_model, 1e-3, decay_all=True)
+    assert [(group["lr"], group["weight_decay"]) for group in decayed] == [(1e-3, 1e-2)]
+
+
+def test_average_follows_the_closed_form_and_leaves_integers_alone(tiny_model):
+    average = average_weights(tiny_model, decay=0.3)
+    weight = tiny_model.decoder.mask_head.weight
+    expected = None
+    for update in range(4):
+        with torch.no_grad():
+            weight.fill_(float(update))
+        decay = min(0.3, (1 + update) / (10 + update))
+        expected = float(update) if expected is None else decay * expected + (1 - decay) * update
+        average.update_parameters(tiny_model)
+    torch.testing.assert_close(average.module.decoder.mask_head.weight, torch.full_like(weight, expected))
+    for name, buffer in tiny_model.named_buffers():
+        if not buffer.is_floating_point():
+            assert torch.equal(average.module.get_buffer(name), buffer)
+    assert average.module.decoder.mask_head.weight.dtype == torch.float32
+
+
+def test_what_is_frozen_stays_in_evaluation_mode(tiny_model):
+    tiny_model.backbone.requires_grad_(False)
+    set_training_mode(tiny_model)
+    assert not any(module.training for module in tiny_model.backbone.modules())
+    assert all(module.training for module in tiny_model.decoder.modules())
+    set_training_mode(tiny_model, freeze_batch_norm=True)
+    for module in tiny_model.decoder.modules():
+        assert module.training != isinstance(module, nn.BatchNorm2d)
+
+
+def test_swin_weights_of_timm():
+    swin_transformer = pytest.importorskip("timm.models.swin_transformer")
+    torch.manual_seed(0)
+    settings = {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 2, 4), "window_size": 2}
+    theirs = swin_transformer.SwinTransformer(img_size=128, **settings).eval()
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(**tiny_settings(**settings))).eval()
+    copy_timm_weights(model, theirs)
+    model.backbone.norms[3].load_state_dict(theirs.norm.state_dict())
+    pixel_values = torch.randn(1, 3, 128, 128)
+    with torch.no_grad():
+        expected = theirs.forward_features(pixel_values).permute(0, 3, 1, 2)
+        torch.testing.assert_close(model.backbone(pixel_values)[3], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["pvt_v2_b0", "resnet50", "vgg16bn", "dino_v3_s"])
+def test_other_weights_of_timm(backbone):
+    pytest.importorskip("timm")
+    from birefnet_hf.backbone_timm_birefnet import create_timm_model
+
+    torch.manual_seed(0)
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(backbone=backbone)).eval()
+    theirs = create_timm_model(backbone).eval()
+    copy_timm_weights(model, theirs)
+    pixel_values = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        if backbone == "dino_v3_s":
+            options = {"norm": False, "output_fmt": "NCHW", "intermediates_only": True}
+            expected = theirs.forward_intermediates(pixel_values, indices=[11], **options)[0]
+        else:
+            forward = theirs.features if backbone.startswith("vgg") else theirs.forward_features
+            expected = forward(pixel_values)
+        assert torch.equal(model.backbone(pixel_values)[3], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--mixed-precision", "bf16", "--gradient-checkpointing", "--layer-decay", "0.8"],
+        ["--freeze-backbone", "--ema-decay", "0", "--num-workers", "2", "--augmentation", "upstream-background"],
+        ["--recipe", "upstream", "--task", "matting", "--last-epochs", "1"],
+        ["--compile"],
+    ],
+    ids=["bf16", "frozen", "upstream", "compile"],
+)
+def test_other_ways_to_train(pairs, tmp_path, more, monkeypatch):
+    # Without code generation, which takes many minutes on a CPU: what is tested is that the network can be traced.
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
+    assert train.main(arguments(pairs, tmp_path / "run", "--validation-fraction", 0.25, *more)) == 0
+    assert np.isfinite(losses(tmp_path / "run")).all() and len(losses(tmp_path / "run")) == 6
+
+
+@pytest.mark.slow
+def test_cutouts_are_learned(tmp_path):
+    """Ellipses on generated backgrounds, in a minute from nothing."""
+    cutouts = tmp_path / "cutouts"
+    cutouts.mkdir()
+    for number in range(40):
+        image, mask = draw_pair(number, size=64)
+        image.putalpha(mask)
+        image.save(cutouts / f"{number}.png")
+    more = ["--cutouts", "--epochs", 15, "--batch-size", 4, "--validation-fraction", 0.2, "--validation-steps", 1000]
+    assert train.main(arguments(cutouts, tmp_path / "run", *more, "--learning-rate", "3e-3")) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert results["last"]["iou"] > results["before"]["iou"] + 0.2
