@@ -60,7 +60,7 @@ def test_what_is_neither_known_nor_there_is_not_guessed(name):
 
 
 def test_hub_cache_paths():
-    snapshot = "/root/.cache/huggingface/hub/models--ZhengPeng7--BiRefNet_HR-matting/snapshots/0123abcd"
+    snapshot = "/home/someone/.cache/huggingface/hub/models--ZhengPeng7--BiRefNet_HR-matting/snapshots/0123abcd"
     assert get_checkpoint(snapshot).hub_id == "ZhengPeng7/BiRefNet_HR-matting"
     assert get_checkpoint(snapshot + "/model.safetensors").hub_id == "ZhengPeng7/BiRefNet_HR-matting"
     assert get_checkpoint("/hub/models--someone--BiRefNet/snapshots/0123abcd") is None
