@@ -96,9 +96,14 @@ def arguments(data: Path, output: Path, *more: object, **model_settings) -> list
     return [*fixed, *given]
 
 
-def losses(output: Path) -> list[float]:
+def logged(output: Path, name: str = "train/loss") -> list[float]:
     lines = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [line["train/loss"] for line in lines if "train/loss" in line]
+    return [line[name] for line in lines if name in line]
+
+
+def curve(output: Path) -> list[float]:
+    """Losses and norms of gradients: Adam's steps, and so the losses, hardly depend on the gradients' scale."""
+    return logged(output) + logged(output, "train/gradient_norm")
 
 
 def run_python(*command: str) -> subprocess.CompletedProcess:
@@ -175,10 +180,10 @@ def test_result_loads_and_is_documented(pairs, tmp_path, monkeypatch):
 
 
 KILL_WHILE_SAVING = """
-import importlib.util, os, signal, sys
-sys.path[:0] = [{tests!r}]
-import torch; torch.set_num_threads(1)
-from test_train import train
+import os, signal, sys
+sys.path[:0] = [{scripts!r}]
+import torch, train
+torch.set_num_threads(1)
 original, calls = train.Accelerator.save_state, []
 def save_state(self, folder):
     original(self, folder)
@@ -200,7 +205,7 @@ def test_resume_is_exact_after_sigkill_while_saving(pairs, tmp_path):
     assert train.main(arguments(pairs, whole, *more)) == 0
 
     argv = arguments(pairs, broken, *more)
-    killed = run_python("-c", KILL_WHILE_SAVING.format(tests=str(Path(__file__).parent), argv=argv))
+    killed = run_python("-c", KILL_WHILE_SAVING.format(scripts=str(SCRIPT.parent), argv=argv))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     # 3 steps an epoch: the last complete checkpoint is from within the first, half of another from within the second.
     assert [path.name for path in list_checkpoints(broken / "checkpoints")] == ["step-00000002"]
@@ -215,7 +220,7 @@ def test_resume_is_exact_after_sigkill_while_saving(pairs, tmp_path):
         states = [load(folder / "checkpoints" / names[-1] / file) for folder in (whole, broken)]
         assert_equal(*states)
     assert_equal(load_file(whole / "model.safetensors"), load_file(broken / "model.safetensors"))
-    assert losses(whole) == losses(broken)
+    assert logged(whole) == logged(broken)
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +230,7 @@ def curve_of_batch_4(pairs, tmp_path_factory) -> list[float]:
     assert train.main(arguments(pairs, output, *more, **WITHOUT_DROPOUT)) == 0
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
-    return losses(output)
+    return curve(output)
 
 
 def test_two_processes_are_one_with_the_doubled_batch(pairs, tmp_path, curve_of_batch_4):
@@ -238,13 +243,13 @@ def test_two_processes_are_one_with_the_doubled_batch(pairs, tmp_path, curve_of_
     finished = run_python(*launcher, *argv)
     assert finished.returncode == 0, finished.stderr
     assert "2 process(es)" in finished.stderr
-    assert losses(tmp_path / "run") == pytest.approx(curve_of_batch_4, rel=1e-4)
+    assert curve(tmp_path / "run") == pytest.approx(curve_of_batch_4, rel=1e-4)
 
 
 def test_accumulated_batches_are_one_large_batch(pairs, tmp_path, curve_of_batch_4):
     more = ["--gradient-accumulation", 2, "--batch-norm", "frozen"]
     assert train.main(arguments(pairs, tmp_path / "run", *more, **WITHOUT_DROPOUT)) == 0
-    assert losses(tmp_path / "run") == pytest.approx(curve_of_batch_4, rel=1e-4)
+    assert curve(tmp_path / "run") == pytest.approx(curve_of_batch_4, rel=1e-4)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -356,7 +361,7 @@ def test_damaged_image_in_the_middle_of_an_epoch(damaged_pairs, tmp_path, messag
     messages.clear()
     assert train.main([*argv, "--on-bad-data", "skip", "--resume"]) == 0
     assert "Replaced by the next sample" in messages.text and "5.png" in messages.text
-    assert 0 < len(done) < 4 == len(losses(tmp_path / "run"))
+    assert 0 < len(done) < 4 == len(logged(tmp_path / "run"))
 
 
 def test_bad_pairs_are_named_at_the_start(pairs, copy_of, tmp_path, messages):
@@ -565,7 +570,7 @@ def test_other_ways_to_train(pairs, tmp_path, more, monkeypatch):
     # Without code generation, which takes many minutes on a CPU: what is tested is that the network can be traced.
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
     assert train.main(arguments(pairs, tmp_path / "run", "--validation-fraction", 0.25, *more)) == 0
-    assert np.isfinite(losses(tmp_path / "run")).all() and len(losses(tmp_path / "run")) == 6
+    assert np.isfinite(logged(tmp_path / "run")).all() and len(logged(tmp_path / "run")) == 6
 
 
 @pytest.mark.slow
