@@ -1,0 +1,297 @@
+"""Cuts the foreground out of videos, frame by frame: what is held in memory does not grow with the length.
+
+Needs PyAV (`pip install av`).
+"""
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+
+from .foreground import composite, cut_out, refine_foreground, to_uint8
+
+
+if TYPE_CHECKING:
+    import av
+
+    from .pipeline_birefnet import BackgroundRemovalPipeline
+
+VideoFormat = Literal["webm", "mov", "mp4"]
+Progress = Callable[[int, int], None]
+Background = torch.Tensor | Literal["blur"] | None
+
+# Mean change of alpha from which on the next frame counts as another scene, which smoothing must not mix.
+SCENE_CHANGE = 0.15
+# Radius of the blurred background, as a share of the longer side.
+BLUR_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """How one output format is written: codecs, pixel format and encoder options."""
+
+    video_codec: str
+    audio_codec: str
+    pixel_format: str
+    options: dict[str, str]
+    has_alpha: bool
+
+
+# auto-alt-ref: libvpx refuses its hidden frames in videos with alpha.
+_VP9 = {"crf": "24", "b": "0", "deadline": "good", "cpu-used": "5", "row-mt": "1", "auto-alt-ref": "0"}
+_ENCODINGS: dict[str, _Encoding] = {
+    "webm": _Encoding("libvpx-vp9", "libopus", "yuva420p", _VP9, has_alpha=True),
+    "mov": _Encoding("prores_ks", "aac", "yuva444p10le", {"profile": "4444", "alpha_bits": "16"}, has_alpha=True),
+    "mp4": _Encoding("libx264", "aac", "yuv420p", {"crf": "18", "preset": "fast"}, has_alpha=False),
+}
+
+
+class VideoError(ValueError):
+    """A video cannot be read or is beyond a limit; the message says why."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video's header says.
+
+    Attributes:
+        width, height: Pixels, as stored (before rotation).
+        seconds: Duration; None where the file does not say.
+        num_frames: Estimated number of frames; 0 where the file does not say.
+        has_audio: Whether there is a sound track.
+    """
+
+    width: int
+    height: int
+    seconds: float | None
+    num_frames: int
+    has_audio: bool
+
+
+def probe_video(
+    source: str | os.PathLike[str], *, max_seconds: float | None = None, max_pixels: int | None = None
+) -> VideoInfo:
+    """Reads a video's header and checks it against limits.
+
+    Args:
+        source: Video file.
+        max_seconds: Longest video that is accepted.
+        max_pixels: Largest frame that is accepted, width × height.
+
+    Raises:
+        VideoError: the file is no video, or beyond a limit.
+    """
+    import av
+
+    try:
+        with av.open(os.fspath(source)) as container:
+            if not container.streams.video:
+                raise VideoError(f"{Path(source).name} holds no video.")
+            stream = container.streams.video[0]
+            seconds = None if container.duration is None else container.duration / av.time_base
+            rate = float(stream.average_rate or 0)
+            info = VideoInfo(
+                stream.codec_context.width,
+                stream.codec_context.height,
+                seconds,
+                stream.frames or round((seconds or 0) * rate),
+                bool(container.streams.audio),
+            )
+    except (av.error.FFmpegError, OSError) as error:
+        raise VideoError(f"{Path(source).name} is no video that can be read: {error}.") from error
+    if max_pixels is not None and info.width * info.height > max_pixels:
+        raise VideoError(f"Frames of {info.width}×{info.height} pixels are more than the {max_pixels} allowed.")
+    if max_seconds is not None and info.seconds is not None and info.seconds > max_seconds:
+        raise VideoError(f"The video lasts {info.seconds:.0f} s, {max_seconds:g} s are allowed; cut it first.")
+    return info
+
+
+def cut_out_video(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    pipe: "BackgroundRemovalPipeline",
+    *,
+    background: Background = None,
+    refine: bool = True,
+    mask_only: bool = False,
+    smoothing: float = 0.0,
+    size: Any = None,
+    threshold: float = 0.0,
+    max_seconds: float | None = None,
+    max_pixels: int | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Removes or replaces the background of a video. Sound is kept, as are the times of the frames.
+
+    Args:
+        source: Video file.
+        target: File to write, whole or not at all: .webm (VP9 with alpha), .mov (ProRes 4444 with alpha) or .mp4
+            (H.264, no alpha: needs a background or `mask_only`). An odd last row or column is cut off.
+        pipe: What computes the masks, see `load_pipeline`.
+        background: As `parse_background` gives it; "blur" for the blurred frame; None for transparency.
+        refine: Whether to estimate the foreground's colours, see `refine_foreground`.
+        mask_only: Whether to write alpha itself, in grey.
+        smoothing: Share of the frames before in each mask, in [0, 1); 0.5 calms flicker and lags a little. Starts
+            anew where the scene changes.
+        size: Input size of the network instead of its own.
+        threshold: In [0, 1]; see `apply_threshold`.
+        max_seconds, max_pixels: Limits, see `probe_video`; the length is also checked while reading.
+        progress: Called with the number of frames done and the estimated number of all (0: unknown) after each. What it
+            raises ends the work.
+
+    Returns:
+        `target`.
+
+    Raises:
+        VideoError: the video cannot be read or is beyond a limit.
+        ValueError: arguments that contradict each other.
+    """
+    import av
+
+    target = Path(target)
+    encoding = _ENCODINGS.get(target.suffix.lower().removeprefix("."))
+    if encoding is None:
+        raise ValueError(f"{target.name}: videos are written as .webm, .mov or .mp4.")
+    if background is None and not mask_only and not encoding.has_alpha:
+        raise ValueError("MP4 has no transparency; choose a background, or .webm or .mov.")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing={smoothing} must lie in [0, 1).")
+    info = probe_video(source, max_seconds=max_seconds, max_pixels=max_pixels)
+
+    previous: np.ndarray | None = None
+
+    def render(frame: Image.Image) -> Image.Image:
+        nonlocal previous
+        resize = {} if size is None else {"size": size}
+        alpha = np.asarray(pipe(frame, output_type="mask", **resize), dtype=np.float32)  # (H, W) in [0, 255]
+        if smoothing and previous is not None and previous.shape == alpha.shape:
+            if np.abs(alpha - previous).mean() <= SCENE_CHANGE * 255:
+                alpha = smoothing * previous + (1 - smoothing) * alpha
+        previous = alpha
+        mask = apply_threshold(Image.fromarray(alpha.round().astype(np.uint8)), threshold)
+        return mask.convert("RGB") if mask_only else render_picture(frame, mask, background, refine)
+
+    temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with av.open(os.fspath(source)) as reader, av.open(os.fspath(temporary), "w") as writer:
+            num_frames = _transcode(reader, writer, encoding, render, info, max_seconds, progress)
+        if num_frames == 0:
+            raise VideoError(f"{Path(source).name} holds no frame that can be read.")
+        os.replace(temporary, target)
+    except av.error.FFmpegError as error:
+        raise VideoError(f"{Path(source).name} cannot be read to its end: {error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def _transcode(
+    reader: "av.container.InputContainer",
+    writer: "av.container.OutputContainer",
+    encoding: _Encoding,
+    render: Callable[[Image.Image], Image.Image],
+    info: VideoInfo,
+    max_seconds: float | None,
+    progress: Progress | None,
+) -> int:
+    """Sends every frame through `render` and sound through its encoder, in the file's order; returns the frames."""
+    import av
+
+    video = reader.streams.video[0]
+    video.thread_type = "AUTO"
+    audio = reader.streams.audio[0] if reader.streams.audio else None
+    start = (reader.start_time or 0) / av.time_base
+    time_base = video.time_base
+    sound = writer.add_stream(encoding.audio_codec, rate=48000, layout="stereo") if audio else None
+    picture = None
+    count, last_pts = 0, -1
+    for frame in _decode(reader, [video] if audio is None else [video, audio]):
+        if isinstance(frame, av.AudioFrame):
+            if frame.pts is not None:
+                frame.pts -= round(start / frame.time_base)
+            writer.mux(sound.encode(frame))
+            continue
+        pts = count if frame.pts is None else frame.pts - round(start / time_base)
+        pts = max(pts, last_pts + 1)  # encoders want times that grow
+        if max_seconds is not None and pts * time_base > max_seconds:
+            raise VideoError(f"The video is longer than the {max_seconds:g} s allowed; cut it first.")
+        rendered = render(_upright(frame))
+        if picture is None:
+            picture = writer.add_stream(encoding.video_codec, rate=video.average_rate or 25, options=encoding.options)
+            picture.width, picture.height = rendered.size
+            picture.pix_fmt = encoding.pixel_format
+            picture.codec_context.time_base = time_base
+        if rendered.size != (picture.width, picture.height):
+            raise VideoError("The size of the frames changes within the video, which is not supported.")
+        # Not `from_image`, which drops alpha.
+        layout = "rgba" if rendered.mode == "RGBA" else "rgb24"
+        encoded = av.VideoFrame.from_ndarray(np.asarray(rendered), format=layout)
+        encoded = encoded.reformat(format=encoding.pixel_format)
+        encoded.pts, encoded.time_base = pts, time_base
+        writer.mux(picture.encode(encoded))
+        count, last_pts = count + 1, pts
+        if progress is not None:
+            progress(count, max(info.num_frames, count) if info.num_frames else 0)
+    if picture is not None:
+        writer.mux(picture.encode(None))
+        if sound is not None:
+            writer.mux(sound.encode(None))
+    return count
+
+
+def _decode(reader: "av.container.InputContainer", streams: list[Any]) -> Iterator["av.VideoFrame | av.AudioFrame"]:
+    for packet in reader.demux(streams):
+        yield from packet.decode()
+
+
+def _upright(frame: "av.VideoFrame") -> Image.Image:
+    """The frame as RGB, turned as its display matrix says (phones), with even sides for chroma subsampling."""
+    image = frame.to_image()
+    rotation = getattr(frame, "rotation", 0) or 0
+    if rotation:
+        image = image.rotate(rotation, expand=True)
+    return image.crop((0, 0, max(2, image.width // 2 * 2), max(2, image.height // 2 * 2)))
+
+
+def render_picture(image: Image.Image, alpha: Image.Image, background: Background, refine: bool = True) -> Image.Image:
+    """A cut-out, or the foreground on a background.
+
+    Args:
+        image: RGB.
+        alpha: "L", of the image's size.
+        background: As `parse_background` gives it; "blur" for the image itself, blurred; None for a cut-out.
+        refine: Whether to estimate the foreground's colours.
+
+    Returns:
+        RGBA for a cut-out, else RGB.
+    """
+    if background is None:
+        return cut_out(image, alpha, refine=refine)
+    if isinstance(background, str):
+        blurred = image.filter(ImageFilter.GaussianBlur(max(2.0, BLUR_SHARE * max(image.size))))
+        background = _to_tensor(blurred)
+    colours, matte = _to_tensor(image), torch.from_numpy(np.array(alpha)).to(torch.float32) / 255
+    if refine:
+        colours = refine_foreground(colours, matte)
+    pixels = to_uint8(composite(colours, matte, background))  # (3, H, W)
+    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def apply_threshold(alpha: Image.Image, threshold: float) -> Image.Image:
+    """Alpha of 0 or 255 alone, split at `threshold` in (0, 1]; 0 leaves it soft."""
+    return alpha.point([255 if value >= threshold * 255 else 0 for value in range(256)]) if threshold > 0 else alpha
+
+
+def _to_tensor(image: Image.Image) -> torch.Tensor:
+    """RGB image to (3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32) / 255
+
+
+__all__ = ["VideoError", "VideoInfo", "apply_threshold", "cut_out_video", "probe_video", "render_picture"]
