@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow quality style clean
+.PHONY: demo space test test-slow quality style nano clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -14,6 +14,13 @@ $(READY): pyproject.toml
 
 demo: $(READY)  ## cut out a photo, offline
 	$(BIN)/python scripts/demo.py
+
+space: $(READY)  ## the web demo, on http://127.0.0.1:7860
+	$(BIN)/python space/app.py
+
+nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=folder-of-rgba-cutouts
+	$(BIN)/python scripts/train.py --config scripts/nano/settings.yaml --data $(CUTOUTS) \
+		--backgrounds scripts/nano/backgrounds --output-dir runs/nano
 
 test: $(READY) quality  ## lint and the default test suite
 	$(BIN)/python -m pytest

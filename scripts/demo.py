@@ -1,7 +1,7 @@
 """Cuts out a photograph, offline: `make demo`, or python scripts/demo.py [PHOTO] [OUTPUT_DIR].
 
-There is no trained checkpoint in this version yet, so a small network with random weights goes the same way as a real
-one does: saved, loaded, run by the pipeline. What it writes shows that everything is installed, not what BiRefNet can do.
+The network is the small one that ships with the package (alias `nano`, see src/birefnet_hf/nano/README.md): it shows how
+things work and what to expect in form, not in quality, of a released BiRefNet.
 """
 
 import argparse
@@ -9,34 +9,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image
 
-from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor, load_pipeline
+from birefnet_hf import load_pipeline
 from birefnet_hf.image_loading import load_image, save_image
 
 
 PHOTO = Path(__file__).parents[1] / "space" / "examples" / "chelsea_cat.png"
 PHOTO_CREDIT = "Chelsea the cat, photograph by Stéfan van der Walt, CC0 (space/examples/SOURCES.md)"
-
-
-def save_random_model(folder: Path) -> None:
-    """Writes a small network with random weights, and its processor, as `save_pretrained` writes a real one."""
-    torch.manual_seed(0)
-    config = BiRefNetConfig(
-        backbone="swin",
-        embed_dim=24,
-        depths=(2, 2, 2, 2),
-        num_heads=(1, 2, 4, 8),
-        window_size=7,
-        inner_channels=16,
-        branch_channels=16,
-        image_channels=16,
-        gradient_channels=4,
-        image_size=(256, 256),
-    )
-    BiRefNetForImageSegmentation(config).save_pretrained(folder)
-    BiRefNetImageProcessor(size={"height": 256, "width": 256}).save_pretrained(folder)
 
 
 def before_and_after(photo: Image.Image, cutout: Image.Image) -> Image.Image:
@@ -55,14 +35,12 @@ def before_and_after(photo: Image.Image, cutout: Image.Image) -> Image.Image:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Cut out a photograph, offline, with a small random network.")
+    parser = argparse.ArgumentParser(description="Cut out a photograph, offline, with the network of the package.")
     parser.add_argument("photo", nargs="?", type=Path, default=PHOTO)
     parser.add_argument("output_dir", nargs="?", type=Path, default=Path("demo_output"))
     arguments = parser.parse_args(argv)
 
-    model_dir = arguments.output_dir / "random-model"
-    save_random_model(model_dir)
-    pipe = load_pipeline(str(model_dir))
+    pipe = load_pipeline("nano")
     photo = load_image(arguments.photo)
     cutout = pipe(photo)
     outputs = {
@@ -76,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.photo == PHOTO:
         print(f"Photo: {PHOTO_CREDIT}.")
     print(
-        "The network has RANDOM weights: the mask means nothing. With a network connection, a released checkpoint does "
-        f"it right:\n    {Path(sys.executable).with_name('birefnet')} {arguments.photo} -o {arguments.output_dir} --model general"
+        "This is the small network of the package. Real work wants a released checkpoint, with a network connection:\n"
+        f"    {Path(sys.executable).with_name('birefnet')} {arguments.photo} -o {arguments.output_dir} --model general"
     )
     return 0
 

@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageSegmen
 from transformers.models.auto import modeling_auto
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .checkpoints_birefnet import NANO
 from .configuration_birefnet import BiRefNetConfig
 from .image_processing_birefnet import BiRefNetImageProcessor, BiRefNetImageProcessorPil
 from .modeling_birefnet import BiRefNetForImageSegmentation, BiRefNetImageSegmentationOutput

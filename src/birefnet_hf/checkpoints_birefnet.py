@@ -6,11 +6,14 @@ come from this table. The patch orders are inferred from publication dates and v
 
 import os
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Literal
 
 
 PatchOrder = Literal["c_hg_wg", "wg_hg_c"]
+
+# Directory of the small trained network that ships with the package: it needs no download.
+NANO = str(Path(__file__).parent / "nano")
 
 _HUB_CACHE_PREFIX = "models--"
 _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
@@ -88,6 +91,11 @@ _BY_ALIAS = {checkpoint.alias.casefold(): checkpoint for checkpoint in CHECKPOIN
 _BY_NAME = {checkpoint.name.casefold(): checkpoint for checkpoint in CHECKPOINTS}
 
 
+def list_aliases() -> list[str]:
+    """All aliases, that of the package's own network first."""
+    return ["nano", *(checkpoint.alias for checkpoint in CHECKPOINTS if checkpoint.alias)]
+
+
 def get_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint | None:
     """Finds what is known about a checkpoint, by its name alone (no file is read).
 
@@ -116,8 +124,15 @@ def get_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint | None:
 
 
 def resolve_checkpoint(name: str) -> str:
-    """Turns an alias such as "lite" into its Hub id; every other name, and what exists locally, is returned as it is."""
-    checkpoint = None if os.path.exists(name) else _BY_ALIAS.get(name.casefold())
+    """Turns an alias into what `from_pretrained` takes: "lite" into its Hub id, "nano" into the package's own directory.
+
+    Every other name, and what exists locally, is returned as it is.
+    """
+    if os.path.exists(name):
+        return name
+    if name.casefold() == "nano":
+        return NANO
+    checkpoint = _BY_ALIAS.get(name.casefold())
     return name if checkpoint is None else checkpoint.hub_id
 
 

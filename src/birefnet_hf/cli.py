@@ -328,7 +328,8 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 
 def _list_aliases() -> str:
-    names = [
+    names = ["nano (ships with the package, small)"]
+    names += [
         f"{item.alias}{'' if item.licence == 'MIT' else f' ({item.licence})'}" for item in CHECKPOINTS if item.alias
     ]
     return ", ".join(names)

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from transformers import ImageSegmentationPipeline, Pipeline
 from transformers.utils import logging
 
-from .checkpoints_birefnet import CHECKPOINTS, resolve_checkpoint
+from .checkpoints_birefnet import list_aliases, resolve_checkpoint
 from .foreground import composite, parse_background, refine_foreground, to_uint8
 from .image_loading import load_image
 from .image_processing_birefnet import BiRefNetImageProcessor
@@ -249,7 +249,7 @@ def load_pipeline(
 
     Args:
         model: Hub id; directory, released or written by `save_pretrained`; alias such as "lite" (see
-            `checkpoints_birefnet`); or a model object, which is put into evaluation mode.
+            `checkpoints_birefnet`), of which "nano" needs no download; or a model object, which is put into evaluation mode.
         task: "background-removal", or "image-segmentation" for Transformers' own pipeline with its binary masks.
         device: Where to compute; default the first CUDA or MPS device, else the CPU. A model object stays where it is.
         dtype: Precision of the weights; default float32 on the CPU, also for a float16 file, and the file's own on
@@ -315,7 +315,7 @@ def _check_name(name: str) -> None:
             "scripts/convert_checkpoint.py turns a weights file into one."
         )
     if not os.path.isdir(name) and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        aliases = [checkpoint.alias for checkpoint in CHECKPOINTS if checkpoint.alias]
+        aliases = list_aliases()
         close = difflib.get_close_matches(name, aliases, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(

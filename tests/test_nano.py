@@ -1,0 +1,69 @@
+"""The trained network that ships with the package."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+from transformers import pipeline
+
+from birefnet_hf import NANO, BiRefNetForImageSegmentation, load_pipeline
+from birefnet_hf.checkpoints_birefnet import list_aliases, resolve_checkpoint
+
+
+@pytest.fixture(scope="module")
+def picture() -> tuple[Image.Image, np.ndarray]:
+    """A red ball on a bluish, uneven background, and where it is."""
+    y, x = np.mgrid[0:240, 0:320]
+    background = np.stack([60 + x // 8, 90 + y // 6, 140 + (x + y) // 10], axis=-1).astype(np.uint8)
+    image = Image.fromarray(background)
+    mask = Image.new("L", image.size)
+    ImageDraw.Draw(mask).ellipse((90, 50, 230, 190), fill=255)
+    shade = Image.radial_gradient("L").resize(image.size).point(lambda value: 230 - value // 2)
+    ball = Image.merge("RGB", (shade, shade.point(lambda value: value // 4), shade.point(lambda value: value // 5)))
+    image.paste(ball, mask=mask.filter(ImageFilter.GaussianBlur(0.7)))
+    return image, np.asarray(mask) > 127
+
+
+def intersection_over_union(prediction: np.ndarray, mask: np.ndarray) -> float:
+    return (prediction & mask).sum() / (prediction | mask).sum()
+
+
+def test_size_and_names():
+    weights = Path(NANO) / "model.safetensors"
+    assert weights.stat().st_size <= 16 * 2**20
+    model = BiRefNetForImageSegmentation.from_pretrained(NANO)
+    assert model.dtype == torch.float16
+    assert model.num_parameters() < 8e6
+    assert resolve_checkpoint("nano") == resolve_checkpoint("Nano") == NANO
+    assert list_aliases()[0] == "nano"
+
+
+def test_a_folder_of_that_name_wins(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nano").mkdir()
+    assert resolve_checkpoint("nano") == "nano"
+
+
+def test_cuts_out_what_stands_out(picture):
+    image, mask = picture
+    cutout = load_pipeline("nano")(image)
+    alpha = np.asarray(cutout.getchannel("A"))
+    assert cutout.size == image.size
+    assert intersection_over_union(alpha > 127, mask) > 0.85
+    assert alpha[~mask].mean() < 25 and alpha[mask].mean() > 200
+
+
+def test_stock_pipeline_gives_label_and_score(picture):
+    image, mask = picture
+    (segment,) = pipeline("image-segmentation", model=NANO)(image)
+    assert segment["label"] == "foreground"
+    assert 0.8 < segment["score"] <= 1
+    assert intersection_over_union(np.asarray(segment["mask"]) > 0, mask) > 0.85
+
+
+def test_an_empty_scene_gives_no_object():
+    alpha = load_pipeline("nano", output_type="mask")(Image.new("RGB", (200, 150), (90, 120, 160)))
+    assert np.asarray(alpha).max() < 255
+    assert np.asarray(alpha).mean() < 64
