@@ -141,11 +141,72 @@ def test_memory_layout_does_not_matter(implementation):
     torch.testing.assert_close(deform_conv2d(*strided, implementation), expected, rtol=1e-5, atol=1e-5)
 
 
+def output_and_gradients(function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    output = function(*inputs)
+    probe = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    return [output.detach(), *torch.autograd.grad((output * probe).sum(), inputs)]
+
+
 def test_chunks_do_not_matter(monkeypatch):
     inputs = random_inputs((2, 4, 20, 17), kernel_size=3)
-    whole = deform_conv2d(*inputs, "gather")
-    monkeypatch.setattr(ops_birefnet, "GATHER_CHUNK_BYTES", 1)  # the smallest chunks: 64 of the 340 pixels
-    torch.testing.assert_close(deform_conv2d(*inputs, "gather"), whole, rtol=1e-5, atol=1e-5)
+    whole = output_and_gradients(lambda *args: deform_conv2d(*args, "gather"), inputs)
+    for name in ("GATHER_CHUNK_BYTES", "BACKWARD_CHUNK_BYTES"):
+        monkeypatch.setattr(ops_birefnet, name, 1)  # the smallest chunks: 64 of the 340 pixels
+    chunked = output_and_gradients(lambda *args: deform_conv2d(*args, "gather"), inputs)
+    for actual, expected in zip(chunked, whole, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 7])
+def test_gradients_by_hand_are_those_of_autograd(kernel_size):
+    """The backward pass that samples again, against autograd through the plain gather: in float64 to the last digits."""
+    inputs = random_inputs((2, 6, 11, 9), kernel_size, dtype=torch.float64)
+    by_hand = output_and_gradients(lambda *args: deform_conv2d(*args, "gather"), inputs)
+    plain = output_and_gradients(ops_birefnet._gather_deform_conv2d, inputs)
+    for actual, expected in zip(by_hand, plain, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_backward_keeps_no_columns():
+    """What stays between the passes are the four inputs, whatever the kernel's size."""
+    inputs = [tensor.requires_grad_() for tensor in random_inputs((1, 4, 16, 16), kernel_size=7)]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        deform_conv2d(*inputs, "gather")
+    assert sorted(tensor.numel() for tensor in kept) == sorted(tensor.numel() for tensor in inputs)
+
+
+@pytest.mark.parametrize("wanted", range(4))
+def test_gradient_of_one_input_alone(wanted):
+    inputs = random_inputs((1, 3, 6, 5), kernel_size=3)
+    inputs[wanted].requires_grad_()
+    deform_conv2d(*inputs, "gather").sum().backward()
+    (expected,) = torch.autograd.grad(deform_conv2d(*inputs, "torchvision").sum(), inputs[wanted])
+    torch.testing.assert_close(inputs[wanted].grad, expected, rtol=1e-4, atol=1e-4)
+    assert all(tensor.grad is None for index, tensor in enumerate(inputs) if index != wanted)
+
+
+def test_function_transforms():
+    """`torch.func` goes around the backward pass written by hand."""
+    inputs = random_inputs((1, 2, 4, 3), 3, dtype=torch.float64)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+
+    def total(*args: torch.Tensor) -> torch.Tensor:
+        return deform_conv2d(*args, "gather").square().sum()
+
+    expected = torch.autograd.grad(total(*inputs), inputs)
+    for actual, wanted in zip(torch.func.grad(total, argnums=(0, 1, 2, 3))(*inputs), expected, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_autocast_leaves_the_dtype_alone():
+    inputs = random_inputs((1, 4, 6, 6), kernel_size=3)
+    expected = output_and_gradients(lambda *args: deform_conv2d(*args, "gather"), inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = output_and_gradients(lambda *args: deform_conv2d(*args, "gather"), inputs)
+    for tensor, wanted in zip(actual, expected, strict=True):
+        torch.testing.assert_close(tensor, wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

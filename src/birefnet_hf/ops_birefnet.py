@@ -1,9 +1,11 @@
 """Deformable convolution v2 behind one function: torchvision's operator, and a gather that is faster on CPUs."""
 
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torchvision.ops import deform_conv2d as torchvision_deform_conv2d
 
 
@@ -12,6 +14,10 @@ DeformConvImplementation = Literal["auto", "torchvision", "gather"]
 # Bytes of sampled columns that the gather path holds at a time: small enough to stay in a core's cache between the
 # sampling that writes them and the matrix product that reads them.
 GATHER_CHUNK_BYTES = 4 * 2**20
+# The same for the backward pass, whose sums over chunks (a whole kernel's gradient) want fewer of them.
+BACKWARD_CHUNK_BYTES = 16 * 2**20
+# Zeros around the map that is gathered from.
+_BORDER = 2
 
 
 def deform_conv2d(
@@ -48,85 +54,216 @@ def deform_conv2d(
             return deform_conv2d(*inputs, implementation="torchvision").to(torch.bfloat16)
         return torchvision_deform_conv2d(feature_map, offset, weight, padding=weight.shape[-1] // 2, mask=modulator)
     if implementation == "gather":
-        return _gather_deform_conv2d(feature_map, offset, modulator, weight)
+        inputs = (feature_map, offset, modulator, weight)
+        gather = _GatherDeformConv2d.apply if _is_plain_training(inputs) else _gather_deform_conv2d
+        return gather(*inputs)
     raise ValueError(f"implementation={implementation!r} must be 'auto', 'torchvision' or 'gather'.")
+
+
+def _is_plain_training(inputs: Sequence[torch.Tensor]) -> bool:
+    """Whether autograd is going to ask for gradients in its usual way, for which one is written by hand."""
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
+        return False
+    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not captured and not torch._C._are_functorch_transforms_active()
 
 
 def _gather_deform_conv2d(
     feature_map: torch.Tensor, offset: torch.Tensor, modulator: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
+    """The gather in plain operations, which autograd can follow by keeping all columns."""
     batch_size, in_channels, height, width = feature_map.shape
     out_channels, _, kernel_size, _ = weight.shape
-    num_taps = kernel_size * kernel_size
-    num_pixels = height * width
-
-    rows = feature_map.permute(0, 2, 3, 1).reshape(batch_size, num_pixels, in_channels)  # (B, HW, C)
-    offset = offset.permute(0, 2, 3, 1).reshape(batch_size, num_pixels, num_taps, 2)  # (B, HW, taps, 2)
-    modulator = modulator.permute(0, 2, 3, 1).reshape(batch_size, num_pixels, num_taps)  # (B, HW, taps)
-    kernel = weight.permute(2, 3, 1, 0).reshape(num_taps * in_channels, out_channels)  # (taps * C, out)
-
-    # Where each tap would sample without offsets, in float32 also for half-precision maps: at 1024 pixels float16
-    # resolves half a pixel only.
-    tap = torch.arange(kernel_size, device=feature_map.device, dtype=torch.float32) - kernel_size // 2
-    tap_y = tap.repeat_interleave(kernel_size)
-    tap_x = tap.repeat(kernel_size)
-    pixel = torch.arange(num_pixels, device=feature_map.device)
-    pixel_y = torch.div(pixel, width, rounding_mode="floor").to(torch.float32)
-    pixel_x = (pixel % width).to(torch.float32)
-
-    pixels_per_chunk = max(64, GATHER_CHUNK_BYTES // (num_taps * in_channels * feature_map.element_size()))
-    batches = []
-    for image in range(batch_size):
-        chunks = []
-        for start in range(0, num_pixels, pixels_per_chunk):
-            chunk = slice(start, start + pixels_per_chunk)
-            y = pixel_y[chunk, None] + tap_y + offset[image, chunk, :, 0]  # (pixels, taps)
-            x = pixel_x[chunk, None] + tap_x + offset[image, chunk, :, 1]
-            index, corner_weight = _bilinear_corners(y, x, height, width)  # (pixels, taps, 4)
-            corner_weight = (corner_weight * modulator[image, chunk, :, None]).to(rows.dtype)
-            columns = F.embedding_bag(
-                index.flatten(0, 1), rows[image], mode="sum", per_sample_weights=corner_weight.flatten(0, 1)
-            )  # (pixels * taps, C)
-            chunks.append(columns.view(-1, num_taps * in_channels) @ kernel)  # (pixels, out)
-        batches.append(torch.cat(chunks))
-    output = torch.stack(batches).view(batch_size, height, width, out_channels)
+    rows = _padded_rows(feature_map)
+    kernel = _kernel_matrix(weight)
+    outputs = []
+    for taps in _sampling_chunks(feature_map, offset, modulator, kernel_size, GATHER_CHUNK_BYTES):
+        columns = _sample(rows[taps.image], taps)  # (pixels * taps, C)
+        outputs.append(columns.view(-1, kernel.shape[0]) @ kernel)  # (pixels, out)
+    output = torch.cat(outputs).view(batch_size, height, width, out_channels)
     return output.permute(0, 3, 1, 2)  # (B, out, H, W), channels last in memory
 
 
-def _bilinear_corners(y: torch.Tensor, x: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flat indices and weights of the four pixels around each position; weight 0 for those outside the image.
+class _GatherDeformConv2d(torch.autograd.Function):
+    """The gather for training: keeps its inputs only and samples the columns again, chunk by chunk, going backward."""
 
-    Args:
-        y: Vertical positions in pixels, float32, any shape.
-        x: Horizontal positions, same shape.
+    @staticmethod
+    def forward(
+        ctx,
+        feature_map: torch.Tensor,
+        offset: torch.Tensor,
+        modulator: torch.Tensor,
+        weight: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(feature_map, offset, modulator, weight)
+        with torch.autocast(feature_map.device.type, enabled=False):
+            return _gather_deform_conv2d(feature_map, offset, modulator, weight)
 
-    Returns:
-        Index (int64, in [0, height * width)) and weight (float32), both with a last dimension of 4.
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        with torch.autocast(grad_output.device.type, enabled=False):
+            return _gather_deform_conv2d_backward(*ctx.saved_tensors, grad_output, ctx.needs_input_grad)
+
+
+def _gather_deform_conv2d_backward(
+    feature_map: torch.Tensor,
+    offset: torch.Tensor,
+    modulator: torch.Tensor,
+    weight: torch.Tensor,
+    grad_output: torch.Tensor,
+    needs_grad: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of `feature_map`, `offset`, `modulator` and `weight`, None where they are not needed."""
+    batch_size, in_channels, height, width = feature_map.shape
+    kernel_size = weight.shape[-1]
+    num_taps = kernel_size**2
+    needs_map, needs_offset, needs_modulator, needs_weight = needs_grad
+
+    rows = _padded_rows(feature_map)
+    kernel = _kernel_matrix(weight)
+    grad_output = grad_output.permute(0, 2, 3, 1).reshape(batch_size, height * width, -1)  # (B, HW, out)
+    # Sums over chunks are kept in float32 at least.
+    accumulator = torch.promote_types(feature_map.dtype, torch.float32)
+    grad_rows = torch.zeros_like(rows, dtype=accumulator) if needs_map else None
+    grad_kernel = torch.zeros_like(kernel, dtype=accumulator) if needs_weight else None
+    grad_offset = torch.empty_like(offset, memory_format=torch.contiguous_format) if needs_offset else None
+    grad_modulator = torch.empty_like(modulator, memory_format=torch.contiguous_format) if needs_modulator else None
+
+    for taps in _sampling_chunks(feature_map, offset, modulator, kernel_size, BACKWARD_CHUNK_BYTES):
+        image, pixels = taps.image, taps.pixels
+        grad_chunk = grad_output[image, pixels]  # (pixels, out)
+        if grad_kernel is not None:
+            columns = _sample(rows[image], taps).view(-1, num_taps * in_channels)
+            _add_product(grad_kernel, columns.t(), grad_chunk)
+        grad_columns = (grad_chunk @ kernel.t()).view(-1, in_channels)  # (pixels * taps, C)
+        if grad_rows is not None:
+            _scatter(grad_rows[image], taps, grad_columns)
+        if grad_offset is None and grad_modulator is None:
+            continue
+        # How much each corner counts is what offsets and modulators decide.
+        num_samples = grad_columns.shape[0]
+        sample = torch.arange(num_samples, dtype=taps.index.dtype, device=rows.device)
+        grad_corner = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad_columns, rows[image], taps.index.flatten(), 4 * sample, sample.repeat_interleave(4), mode=0
+        )
+        grad_corner = grad_corner.view(-1, num_taps, 2, 2).to(taps.y_fraction.dtype)  # pixels, taps, top/bottom, l/r
+        left, right = grad_corner.unbind(-1)
+        top, bottom = torch.lerp(left, right, taps.x_fraction[..., None]).unbind(-1)  # (pixels, taps)
+        if grad_modulator is not None:
+            grad_modulator.flatten(2)[image, :, pixels] = torch.lerp(top, bottom, taps.y_fraction).t()
+        if grad_offset is not None:
+            grad_y = (bottom - top) * taps.modulator
+            grad_x = torch.lerp(*(right - left).unbind(-1), taps.y_fraction) * taps.modulator
+            grad_offset.flatten(2)[image, 0::2, pixels] = grad_y.t()
+            grad_offset.flatten(2)[image, 1::2, pixels] = grad_x.t()
+
+    grad_map, grad_weight = None, None
+    if grad_rows is not None:
+        grad_map = grad_rows.view(batch_size, height + 2 * _BORDER, width + 2 * _BORDER, in_channels)
+        grad_map = grad_map[:, _BORDER:-_BORDER, _BORDER:-_BORDER].permute(0, 3, 1, 2).to(feature_map.dtype)
+    if grad_kernel is not None:
+        grad_weight = grad_kernel.view(kernel_size, kernel_size, in_channels, -1).permute(3, 2, 0, 1).to(weight.dtype)
+    return grad_map, grad_offset, grad_modulator, grad_weight
+
+
+class _Taps(NamedTuple):
+    """Where the taps of some pixels of one image sample its padded map, and how much."""
+
+    image: int
+    pixels: slice
+    index: torch.Tensor  # (pixels * taps, 4), int32: rows of the map at top left, top right, bottom left, bottom right
+    y_fraction: torch.Tensor  # (pixels, taps), float32 at least, in [0, 1): 0 samples the top, 1 would the bottom
+    x_fraction: torch.Tensor  # same, from left to right
+    modulator: torch.Tensor  # (pixels, taps)
+
+
+def _padded_rows(feature_map: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) → (B, (H + 4) * (W + 4), C): the map with its zero border, one row of channels for each pixel.
+
+    With two pixels on each side every clamped position has four neighbours, and both its value and its derivatives are
+    zero wherever they should be, without any further test.
     """
-    # Everything further out than one pixel samples nothing but zeros; the clamp keeps far positions within integers.
-    y = y.clamp(-1, height)
-    x = x.clamp(-1, width)
-    top, left = y.floor(), x.floor()
-    y_fraction, x_fraction = y - top, x - left
-    top, left = top.to(torch.int64), left.to(torch.int64)
-    bottom, right = top + 1, left + 1
-    top_weight = (1 - y_fraction) * ((top >= 0) & (top < height))
-    bottom_weight = y_fraction * (bottom < height)
-    left_weight = (1 - x_fraction) * ((left >= 0) & (left < width))
-    right_weight = x_fraction * (right < width)
-    top, bottom = top.clamp(0, height - 1) * width, bottom.clamp(0, height - 1) * width
-    left, right = left.clamp(0, width - 1), right.clamp(0, width - 1)
-    index = torch.stack((top + left, top + right, bottom + left, bottom + right), dim=-1)
-    weight = torch.stack(
-        (
-            top_weight * left_weight,
-            top_weight * right_weight,
-            bottom_weight * left_weight,
-            bottom_weight * right_weight,
-        ),
-        dim=-1,
-    )
-    return index, weight
+    rows = F.pad(feature_map.permute(0, 2, 3, 1), (0, 0, _BORDER, _BORDER, _BORDER, _BORDER))
+    return rows.reshape(feature_map.shape[0], -1, feature_map.shape[1])
+
+
+def _kernel_matrix(weight: torch.Tensor) -> torch.Tensor:
+    """(out, C, k, k) → (k² * C, out), in the order of the columns."""
+    return weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])
+
+
+def _sampling_chunks(
+    feature_map: torch.Tensor, offset: torch.Tensor, modulator: torch.Tensor, kernel_size: int, chunk_bytes: int
+) -> Iterator[_Taps]:
+    """Walks over images and pixels in chunks whose columns take `chunk_bytes`."""
+    batch_size, in_channels, height, width = feature_map.shape
+    num_taps, num_pixels, device = kernel_size**2, height * width, feature_map.device
+    # Positions are float32 also for half-precision maps: at 1024 pixels float16 resolves half a pixel only.
+    tap = torch.arange(kernel_size, device=device, dtype=torch.float32) - kernel_size // 2 + _BORDER
+    tap_y, tap_x = tap.repeat_interleave(kernel_size), tap.repeat(kernel_size)
+    row_length = width + 2 * _BORDER
+    corners = torch.tensor([0, 1, row_length, row_length + 1], device=device, dtype=torch.int32)
+    offset, modulator = offset.flatten(2), modulator.flatten(2)  # (B, 2 * taps, HW), (B, taps, HW)
+
+    pixels_per_chunk = max(64, chunk_bytes // (num_taps * in_channels * feature_map.element_size()))
+    for image in range(batch_size):
+        for start in range(0, num_pixels, pixels_per_chunk):
+            pixels = slice(start, min(start + pixels_per_chunk, num_pixels))
+            pixel = torch.arange(pixels.start, pixels.stop, device=device, dtype=torch.int32)[:, None]
+            y = torch.div(pixel, width, rounding_mode="floor") + tap_y + offset[image, 0::2, pixels].t().contiguous()
+            x = pixel % width + tap_x + offset[image, 1::2, pixels].t().contiguous()  # (pixels, taps)
+            # Further out than the border there are zeros only; the clamp keeps far positions within integers.
+            y, x = y.clamp(0, height + _BORDER), x.clamp(0, width + _BORDER)
+            top, left = y.detach().floor(), x.detach().floor()
+            index = torch.add(left.to(torch.int32), top.to(torch.int32), alpha=row_length)
+            # Not a number becomes any integer. It must not read beyond the map; the fraction carries it on.
+            index = index.clamp(0, (height + _BORDER) * row_length + width + _BORDER)
+            yield _Taps(
+                image=image,
+                pixels=pixels,
+                index=(index[..., None] + corners).flatten(0, 1),
+                y_fraction=y - top,
+                x_fraction=x - left,
+                modulator=modulator[image, :, pixels].t().contiguous(),
+            )
+
+
+def _corner_weights(taps: _Taps) -> torch.Tensor:
+    """(pixels * taps, 4), float32 at least: bilinear weights times the modulator."""
+    bottom, right = taps.y_fraction * taps.modulator, taps.x_fraction
+    rows = torch.stack((taps.modulator - bottom, bottom), dim=-1)  # (pixels, taps, 2)
+    columns = torch.stack((1 - right, right), dim=-1)
+    return (rows[..., :, None] * columns[..., None, :]).flatten(2).flatten(0, 1)
+
+
+def _sample(rows: torch.Tensor, taps: _Taps) -> torch.Tensor:
+    """One image's padded map (pixels, C) → columns (pixels * taps, C)."""
+    weight = _corner_weights(taps).to(rows.dtype)
+    return F.embedding_bag(taps.index, rows, mode="sum", per_sample_weights=weight)
+
+
+def _scatter(rows: torch.Tensor, taps: _Taps, columns: torch.Tensor) -> None:
+    """Adds columns to the rows they were sampled from: the transpose of `_sample`, in place.
+
+    Sorted by target, the scatter is a gather too: each row is a weighted sum of the columns that sampled it. That is
+    several times as fast as `index_add_` or the backward pass of `embedding_bag`.
+    """
+    target, order = taps.index.flatten().sort()
+    first, last = int(target[0]), int(target[-1])
+    bags = torch.searchsorted(target, torch.arange(first, last + 1, dtype=target.dtype, device=target.device))
+    weight = _corner_weights(taps).flatten()[order].to(columns.dtype)
+    sample = torch.div(order, 4, rounding_mode="floor")
+    sums = F.embedding_bag(sample, columns, bags, mode="sum", per_sample_weights=weight)
+    rows[first : last + 1] += sums
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right, in place, where `total` may be of higher precision."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 __all__ = ["deform_conv2d"]

@@ -1,0 +1,254 @@
+r"""Measures latency, memory and accuracy, each row in a fresh process, and prints a table; `--json FILE` writes it too.
+
+    # Inference: dtypes × sizes, of this package and of a checkout of the reference with the same weights:
+    python scripts/benchmark.py --backbone swin_v1_t --sizes 1024 --dtypes float32 bfloat16 --reference BiRefNet
+
+    # A training step (forward, dis losses, backward, AdamW) against the reference's:
+    python scripts/benchmark.py train --backbone swin_v1_t --sizes 512 --batch-size 2 --reference BiRefNet
+
+Weights are random, with deformable convolutions that do displace. Rounds alternate between the rows, each in a process
+of its own, so that the load of a busy machine falls on all; the median and the minimum over all runs are given. Peak
+memory is the process's. The difference is that of the logits from the first row's of the same size: the reference's
+where a checkout is given, else torchvision's deformable convolution, in float32.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import torchvision
+import transformers
+
+from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, ops_birefnet
+from birefnet_hf.loss_birefnet import BiRefNetLoss
+
+
+Row = dict[str, Any]
+
+
+def build_config(row: Row) -> BiRefNetConfig:
+    return BiRefNetConfig(**row["settings"], loss_task="dis")
+
+
+def build_model(row: Row) -> BiRefNetForImageSegmentation:
+    config = build_config(row)
+    weights = Path(row["weights"])
+    if weights.is_file():
+        model = BiRefNetForImageSegmentation.from_pretrained(None, config=config, state_dict=torch.load(weights))
+    else:  # no reference, whose weights would have to be shared
+        torch.manual_seed(0)
+        model = BiRefNetForImageSegmentation(config)
+        displace(model)
+    model.criterion = BiRefNetLoss("dis", reference=True)
+    return model
+
+
+def build_reference(row: Row) -> torch.nn.Module:
+    """The reference's network, from the checkout, with the settings of `row`."""
+    sys.path.insert(0, row["reference"])
+    import config as reference_config
+
+    ours = build_config(row)
+    channels = list(reversed(ours.feature_channels))
+    original = reference_config.Config.__init__
+
+    def configure(self) -> None:
+        original(self)
+        self.bb, self.lateral_channels_in_collection = row["settings"]["backbone"], channels
+        self.cxt = channels[1:][::-1][-self.cxt_num :]
+
+    reference_config.Config.__init__ = configure
+    from models.birefnet import BiRefNet
+
+    torch.manual_seed(0)
+    model = BiRefNet(bb_pretrained=False)
+    weights = Path(row["weights"])
+    if weights.is_file():
+        model.load_state_dict(torch.load(weights))
+    else:
+        displace(model)
+    return model
+
+
+@torch.no_grad()
+def displace(model: torch.nn.Module) -> None:
+    """Gives the convolutions for offsets, which start at zero, random weights that move taps by some pixels."""
+    for name, parameter in model.named_parameters():
+        if "offset_conv" in name:
+            parameter.normal_(std=0.05)
+
+
+def reference_loss(model: torch.nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The training step's loss as the checkout computes it."""
+    from loss import PixLoss
+
+    pixel_loss, gradient_loss = PixLoss(), torch.nn.BCELoss()
+
+    def compute(image: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        ((predictions, targets), outputs), _ = model(image)
+        loss, _ = pixel_loss(outputs, labels)
+        for prediction, target in zip(predictions, targets, strict=True):
+            prediction = F.interpolate(prediction, size=target.shape[2:], mode="bilinear", align_corners=True)
+            loss = loss + gradient_loss(prediction.sigmoid(), target.sigmoid())
+        return loss
+
+    return compute
+
+
+def measure(row: Row) -> Row:
+    """What a fresh process does for one row: times `repeats` runs after a first one."""
+    is_reference = row["backend"] == "reference"
+    if row["backend"] == "torchvision":
+        choose = ops_birefnet.deform_conv2d.__defaults__
+        ops_birefnet.deform_conv2d.__defaults__ = (*choose[:-1], "torchvision")
+    torch.set_num_threads(row["threads"])
+    model = build_reference(row) if is_reference else build_model(row)
+    generator = torch.Generator().manual_seed(1)
+    shape = (row["batch_size"], 3, row["size"], row["size"])
+    dtype = getattr(torch, row["dtype"])
+    image = torch.randn(shape, generator=generator).to(dtype)
+    model = model.to(dtype)
+
+    if row["task"] == "train":
+        labels = (torch.rand(shape[0], 1, *shape[2:], generator=generator) > 0.5).to(dtype)
+        optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-5)
+        loss_of = reference_loss(model) if is_reference else lambda image, labels: model(image, labels=labels).loss
+
+        def step() -> torch.Tensor | None:
+            optimizer.zero_grad()
+            loss_of(image, labels).backward()
+            optimizer.step()
+    else:
+        model.eval()
+
+        @torch.inference_mode()
+        def step() -> torch.Tensor | None:
+            return model(image)[-1] if is_reference else model(image).logits
+
+    output = step()
+    seconds = []
+    for _ in range(row["repeats"]):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    if output is not None:
+        torch.save(output.float(), row["output"])
+    return {"seconds": seconds, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+
+
+def run_in_fresh_process(row: Row) -> Row:
+    command = [sys.executable, __file__, "--worker", json.dumps(row)]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        raise RuntimeError(f"Row {row['backend']} {row['dtype']} {row['size']} failed:\n{finished.stderr[-2000:]}")
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def run_rows(rows: Sequence[Row], rounds: int) -> list[Row]:
+    """Measures all rows `rounds` times in turn, and adds the results to them."""
+    for _ in range(rounds):
+        for row in rows:
+            result = run_in_fresh_process(row)
+            row["seconds"] = row.get("seconds", []) + result["seconds"]
+            row["peak_gb"] = max(row.get("peak_gb", 0), result["peak_gb"])
+    baselines = {}
+    for row in rows:
+        row["median_s"], row["min_s"] = statistics.median(row["seconds"]), min(row["seconds"])
+        row["images_per_s"] = row["batch_size"] / row["median_s"]
+        row["difference"] = None
+        if Path(row["output"]).is_file():
+            output = torch.load(row["output"])
+            baseline = baselines.setdefault(row["size"], output)
+            row["difference"] = (output - baseline).abs().max().item()
+    return list(rows)
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    print("| backend | dtype | size | median s | min s | images/s | peak GB | max difference |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        difference = "" if row["difference"] is None else f"{row['difference']:.1e}"
+        print(
+            f"| {row['backend']} | {row['dtype']} | {row['batch_size']}×{row['size']}² | {row['median_s']:.2f} "
+            f"| {row['min_s']:.2f} | {row['images_per_s']:.3f} | {row['peak_gb']:.2f} | {difference} |"
+        )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", nargs="?", choices=("inference", "train"), default="inference")
+    parser.add_argument("--backbone", default="swin_v1_t", help="name as in BiRefNetConfig")
+    parser.add_argument("--settings", type=json.loads, default={}, help="JSON of further BiRefNetConfig settings")
+    parser.add_argument("--reference", type=Path, help="checkout of ZhengPeng7/BiRefNet, to be measured too")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16"))
+    parser.add_argument("--sizes", nargs="+", type=int, default=[1024], help="pixels, of square images")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=1, help="timed runs in each process")
+    parser.add_argument("--rounds", type=int, default=1, help="processes for each row")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="file for all numbers")
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.worker is not None:
+        print(json.dumps(measure(args.worker)))
+        return 0
+    if args.reference is not None and not (args.reference / "models" / "birefnet.py").is_file():
+        raise SystemExit(f"--reference {args.reference} holds no models/birefnet.py: give a checkout of BiRefNet.")
+    with tempfile.TemporaryDirectory() as folder:
+        common = {
+            "task": args.task,
+            "settings": {"backbone": args.backbone} | args.settings,
+            "weights": str(Path(folder) / "weights.pt"),
+            "reference": str(args.reference.resolve()) if args.reference else None,
+            "batch_size": args.batch_size,
+            "repeats": args.repeats,
+            "threads": args.threads,
+        }
+        if args.reference is not None:
+            torch.save(build_reference(common).state_dict(), common["weights"])
+        baseline = "reference" if args.reference else "torchvision"
+        rows = []
+        for size in args.sizes:
+            cases = [(baseline, "float32"), *(("birefnet_hf", dtype) for dtype in args.dtypes)]
+            for backend, dtype in cases:
+                output = str(Path(folder) / f"{len(rows)}.pt")
+                rows.append(
+                    copy.deepcopy(common) | {"backend": backend, "dtype": dtype, "size": size, "output": output}
+                )
+        rows = run_rows(rows, args.rounds)
+    machine = {
+        "machine": platform.processor() or platform.machine(),
+        "system": platform.platform(),
+        "threads": args.threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "transformers": transformers.__version__,
+    }
+    print_table(rows)
+    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    if args.json is not None:
+        hidden = ("weights", "output", "reference")
+        content = {**machine, "rows": [{k: v for k, v in row.items() if k not in hidden} for row in rows]}
+        args.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
