@@ -430,7 +430,7 @@ def image_tab() -> None:
     with gr.Row():
         with gr.Column():
             photo = Photo(type="filepath", format="png", label="Photo", sources=["upload", "clipboard"], height=320)
-            url = gr.Textbox(label="or its address", placeholder="https://…", max_lines=1)
+            url = gr.Textbox("", label="or its address", placeholder="https://…", max_lines=1)
             start = gr.Button("Remove background", variant="primary", elem_id="start-image")
             controls = option_controls()
         with gr.Column():

@@ -180,10 +180,9 @@ def cut_out_video(
     temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
+        frame_size = _frame_size(os.fspath(source))
         with av.open(os.fspath(source)) as reader, av.open(os.fspath(temporary), "w") as writer:
-            num_frames = _transcode(reader, writer, encoding, render, info, max_seconds, progress)
-        if num_frames == 0:
-            raise VideoError(f"{Path(source).name} holds no frame that can be read.")
+            _transcode(reader, writer, encoding, render, frame_size, info, max_seconds, progress)
         os.replace(temporary, target)
     except av.error.FFmpegError as error:
         raise VideoError(f"{Path(source).name} cannot be read to its end: {error}.") from error
@@ -197,11 +196,12 @@ def _transcode(
     writer: "av.container.OutputContainer",
     encoding: _Encoding,
     render: Callable[[Image.Image], Image.Image],
+    frame_size: tuple[int, int],
     info: VideoInfo,
     max_seconds: float | None,
     progress: Progress | None,
-) -> int:
-    """Sends every frame through `render` and sound through its encoder, in the file's order; returns the frames."""
+) -> None:
+    """Sends every frame through `render` and sound through its encoder, in the file's order."""
     import av
 
     video = reader.streams.video[0]
@@ -210,7 +210,11 @@ def _transcode(
     start = (reader.start_time or 0) / av.time_base
     time_base = video.time_base
     sound = writer.add_stream(encoding.audio_codec, rate=48000, layout="stereo") if audio else None
-    picture = None
+    # Both streams are there before the first packet: it writes the file's header.
+    picture = writer.add_stream(encoding.video_codec, rate=video.average_rate or 25, options=encoding.options)
+    picture.width, picture.height = frame_size
+    picture.pix_fmt = encoding.pixel_format
+    picture.codec_context.time_base = time_base
     count, last_pts = 0, -1
     for frame in _decode(reader, [video] if audio is None else [video, audio]):
         if isinstance(frame, av.AudioFrame):
@@ -223,11 +227,6 @@ def _transcode(
         if max_seconds is not None and pts * time_base > max_seconds:
             raise VideoError(f"The video is longer than the {max_seconds:g} s allowed; cut it first.")
         rendered = render(_upright(frame))
-        if picture is None:
-            picture = writer.add_stream(encoding.video_codec, rate=video.average_rate or 25, options=encoding.options)
-            picture.width, picture.height = rendered.size
-            picture.pix_fmt = encoding.pixel_format
-            picture.codec_context.time_base = time_base
         if rendered.size != (picture.width, picture.height):
             raise VideoError("The size of the frames changes within the video, which is not supported.")
         # Not `from_image`, which drops alpha.
@@ -239,11 +238,20 @@ def _transcode(
         count, last_pts = count + 1, pts
         if progress is not None:
             progress(count, max(info.num_frames, count) if info.num_frames else 0)
-    if picture is not None:
+    if count:
         writer.mux(picture.encode(None))
         if sound is not None:
             writer.mux(sound.encode(None))
-    return count
+
+
+def _frame_size(source: str) -> tuple[int, int]:
+    """Width and height of the first frame, upright; VideoError where there is none."""
+    import av
+
+    with av.open(source) as reader:
+        for frame in reader.decode(video=0):
+            return _upright(frame).size
+    raise VideoError(f"{Path(source).name} holds no frame that can be read.")
 
 
 def _decode(reader: "av.container.InputContainer", streams: list[Any]) -> Iterator["av.VideoFrame | av.AudioFrame"]:
