@@ -4,6 +4,7 @@
 part of a larger collection; where that is at hand, `BIREFNET_PARITY=<folder> make test-slow` runs all of it.
 """
 
+import copy
 import json
 import os
 from functools import lru_cache
@@ -148,6 +149,16 @@ def without_randomness(model: BiRefNetForImageSegmentation) -> BiRefNetForImageS
     return model
 
 
+def nudged(model: BiRefNetForImageSegmentation) -> BiRefNetForImageSegmentation:
+    """A copy in float64 with every weight off by one unit in the last place of float32, up or down by chance."""
+    model = copy.deepcopy(model).double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        sign = torch.randint(2, parameter.shape, generator=generator) * 2 - 1
+        parameter.data *= 1 + sign * torch.finfo(torch.float32).eps
+    return model
+
+
 @pytest.mark.parametrize("name", ["pvt_v2_b0", "swin_v1_t"])
 def test_training(name):
     """Side outputs, gradient predictions and targets, the loss, and every parameter's gradient norm.
@@ -155,7 +166,9 @@ def test_training(name):
     Batch normalisation over the two values of the pooled branch amplifies rounding: the reference's float32 outputs are
     up to 6e-4 from its own float64 ones and differ by 4e-4 between two machines, its gradient norms by a quarter. So
     outputs and gradients are compared in float64 (`*.train64.*`, the reference run in that precision), and float32
-    outputs must not be further from those than the reference's are.
+    outputs must be no further from those than rounding explains: 16 times what the float64 outputs move when every weight
+    is off by one unit in float32's last place. The reference's own float32 run is up to 10 of these away. It is no bound
+    itself: pvt_v2_b0 is 2e-4 off where AVX-512 adds up, and 5.5e-4 on a processor without.
     """
     description = json.loads((FOLDER / f"{name}.train.json").read_text(encoding="utf-8"))
     reference = load_file(FOLDER / f"{name}.train.safetensors")
@@ -174,13 +187,15 @@ def test_training(name):
 
     with torch.no_grad():
         single = named(model(pixel_values))
+        rounded = named(nudged(model)(pixel_values.double()))
     outputs = model.double()(pixel_values.double(), labels=labels.double())
     double = named(outputs)
     assert double.keys() == exact.keys()
     for key, expected in exact.items():
         torch.testing.assert_close(double[key], expected, rtol=0, atol=1e-8)
-        reference_error = (reference[key].double() - expected).abs().max().item()
-        assert (single[key].double() - expected).abs().max().item() <= max(TOLERANCE, 1.5 * reference_error), key
+        rounding = (rounded[key] - expected).abs().max().item()
+        error = (single[key].double() - expected).abs().max().item()
+        assert error <= max(TOLERANCE, 16 * rounding), (key, error, rounding)
     for index, target in enumerate(outputs.gradient_targets):
         torch.testing.assert_close(target.float(), reference[f"gdt_label.{index}"], rtol=0, atol=TOLERANCE)
     assert outputs.loss.item() == pytest.approx(description["losses"]["total.dis"], rel=1e-4)
