@@ -292,7 +292,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--merge-lora needs --lora-rank")
     if unknown := [name for name in arguments.metrics if name not in METRICS]:
         parser.error(f"there are no metrics {', '.join(unknown)}: choose from {', '.join(METRICS)}")
-    if arguments.best_metric not in (*arguments.metrics, *OWN_METRICS):
+    if arguments.best_metric not in (*arguments.metrics, "iou", *OWN_METRICS):
         parser.error(f"--best-metric {arguments.best_metric} is not measured: add it to --metrics")
     for name in ("epochs", "batch_size", "gradient_accumulation", "log_steps", "keep_checkpoints"):
         if getattr(arguments, name) < 1:
@@ -858,10 +858,7 @@ def write_card(run: Run) -> str:
             numbers = " | ".join(f"{record[name]:.4f}" for name in names)
             lines.append(f"| {title} | {record['step']} | {numbers} |")
         lines += ["", f"Best by {arguments.best_metric}. On the validation data, at the masks' own sizes:", ""]
-        own = {
-            "iou": "mean over images, prediction and mask at one half",
-            "loss": f"the {run.task} preset on the last output",
-        }
+        own = {"loss": f"the {run.task} preset on the last output"}
         for metric in names:
             lines.append(
                 f"- {metric}: " + (own.get(metric) or f"{METRICS[metric].raw}; {METRICS[metric].aggregation}")

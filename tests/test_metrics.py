@@ -30,7 +30,7 @@ UPSTREAM_SUMMARY = {
     "mse": 0.08512357722,
 }
 # Metrics that upstream computes without stretching the prediction, or does not have.
-SAME_IN_BOTH_CONVENTIONS = ["hce", "mba", "sad", "gradient", "connectivity"]
+SAME_IN_BOTH_CONVENTIONS = ["hce", "mba", "iou", "sad", "gradient", "connectivity"]
 
 
 def soft_pair(height: int, width: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
@@ -272,8 +272,8 @@ def test_errors_name_the_problem():
         compute_metrics(mask, np.full(mask.shape, np.nan))
     with pytest.raises(TypeError, match="prediction must be uint8.*int64"):
         compute_metrics(mask.astype(np.int64), mask)
-    with pytest.raises(ValueError, match=r"Unknown metrics \['iou'\]: choose from \['max_f'"):
-        compute_metrics(mask, mask, metrics=["mae", "iou"])
+    with pytest.raises(ValueError, match=r"Unknown metrics \['dice'\]: choose from \['max_f'"):
+        compute_metrics(mask, mask, metrics=["mae", "dice"])
     with pytest.raises(ValueError, match="convention must be one of .*'minmax'"):
         compute_metrics(mask, mask, convention="minmax")
 
@@ -389,6 +389,17 @@ def slow_inner_band(mask: np.ndarray, distance: int) -> np.ndarray:
             window = mask[max(0, y - distance) : y + distance + 1, max(0, x - distance) : x + distance + 1]
             band[y, x] = mask[y, x] and not (inside and window.all())
     return band
+
+
+def test_iou_counts_pixels_above_one_half():
+    nothing = np.zeros((4, 4), dtype=np.uint8)
+    target, prediction = nothing.copy(), nothing.copy()
+    target[0], prediction[0, 1:], prediction[1, 0] = 128, 128, 255  # three of five pixels are in both
+    target[3], prediction[2] = 127, 0.5 * 255
+    scores = [
+        compute_metrics(*pair, metrics=["iou"]).scores["iou"] for pair in ((prediction, target), (nothing, nothing))
+    ]
+    assert scores == [pytest.approx(3 / 5), 1]
 
 
 def test_biou_of_binary_masks():

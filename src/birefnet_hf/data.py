@@ -458,6 +458,72 @@ def _rows(paths: dict[str, list[str]]) -> datasets.Dataset:
     return datasets.Dataset.from_dict(paths, features=features)
 
 
+def find_predictions(
+    pairs: datasets.Dataset, folder: str | Path, *, on_bad: Literal["stop", "skip"] = "stop"
+) -> tuple[datasets.Dataset, list[Path]]:
+    """Finds the predicted mask of each sample: the file that is called like the image, by stem.
+
+    Args:
+        pairs: from `load_pairs`, without compositor.
+        folder: of predictions, directly in it.
+        on_bad: "stop" raises `BadDataError` that lists all samples whose prediction is missing, unreadable or of another
+            size than the mask, "skip" leaves them out and logs a warning.
+
+    Returns:
+        The samples that have a prediction, and the files, one for each.
+
+    Raises:
+        BadDataError: with `on_bad="stop"`.
+        FileNotFoundError: the folder does not exist.
+        ValueError: there is nothing in it, no sample is left, or several samples have one name.
+    """
+    files = _by_stem(Path(folder).expanduser())
+    good, bad, paths = [], [], []
+    names = sample_names(pairs)
+    for index, row in enumerate(tqdm(pairs.with_format(None), desc="checking predictions", disable=None)):
+        found = files.get(Path(names[index]).stem, [])
+        reason = _prediction_problem(found, row["mask"])
+        if reason is None:
+            good.append(index)
+            paths.append(found[0])
+        else:
+            bad.append(
+                BadSample(names[index], reason if found else f"there is no prediction of this name in {folder}")
+            )
+    _settle(bad, on_bad)
+    if not good:
+        raise ValueError(f"No sample has a usable prediction in {folder}.")
+    return pairs.select(good), paths
+
+
+def _prediction_problem(found: Sequence[Path], mask_file: Mapping[str, Any]) -> str | None:
+    """Why the files of one name are no prediction for a mask; None where they are."""
+    if len(found) != 1:
+        return f"several predictions of one name: {', '.join(path.name for path in found)}"
+    try:
+        size, expected = _inspect(str(found[0]), full=False), _inspect(_contents(mask_file), full=False)
+    except _UNREADABLE as error:
+        return f"the prediction {found[0]} cannot be read ({_explain(error)})"
+    if size != expected:
+        return f"the prediction {found[0].name} is {size[0]}×{size[1]} (width×height) but the mask {expected[0]}×{expected[1]}"
+    return None
+
+
+def sample_names(pairs: datasets.Dataset) -> list[str]:
+    """What the samples of `load_pairs` are called, without decoding them; each stem of a file name occurs once.
+
+    Raises:
+        ValueError: several files, in different folders, have one stem, so that results could not be told apart.
+    """
+    names = [_name(row["image"]) for row in pairs.with_format(None).select_columns("image")]
+    stems: dict[str, str] = {}
+    for name in names:
+        other = stems.setdefault(Path(name).stem, name)
+        if other != name:
+            raise ValueError(f"{other} and {name} have one name: take one folder (subset) at a time.")
+    return names
+
+
 def _choose_columns(
     rows: datasets.Dataset | datasets.IterableDataset,
     image_column: str | None,

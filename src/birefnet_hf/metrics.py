@@ -11,8 +11,8 @@ Two conventions decide how the prediction is prepared; a published number means 
   stretched to its own minimum and maximum before F, weighted F, MAE, S, E, BIoU and MSE, and MSE is taken against the
   binarised mask. Hand over the 8-bit prediction to get upstream's numbers exactly.
 
-In both, masks are binarised at 8-bit level > 128 wherever a metric wants a binary mask, and HCE, mBA, SAD, Gradient
-and Connectivity take the prediction without stretching.
+In both, masks are binarised at 8-bit level > 128 wherever a metric wants a binary mask (IoU, which training watches:
+above one half), and HCE, mBA, IoU, SAD, Gradient and Connectivity take the prediction without stretching.
 
 Needs the `train` extra (PySODMetrics, OpenCV, SciPy), imported on first use.
 """
@@ -104,6 +104,9 @@ METRICS: dict[str, Metric] = {
     ),
     "max_biou": Metric("max BIoU", True, _UNIT, _SWEEP, _SWEEP_STRETCHED, _CURVE_MAX, _BIOU_SOURCE),
     "mean_biou": Metric("mean BIoU", True, _UNIT, _SWEEP, _SWEEP_STRETCHED, _CURVE_MEAN, _BIOU_SOURCE),
+    "iou": Metric(
+        "IoU", True, _UNIT, *["prediction > 0.5, mask > 0.5, no min-max"] * 2, _MEAN, "Jaccard, 1901; not in upstream"
+    ),
     "sad": Metric("SAD", False, "thousands of pixels", _SOFT, _SOFT, _MEAN, "Rhemann et al., CVPR 2009"),
     "mse": Metric("MSE", False, _UNIT, _SOFT, _SOFT_BINARY_STRETCHED, _MEAN, "Rhemann et al., CVPR 2009"),
     "gradient": Metric(
@@ -161,7 +164,7 @@ def compute_metrics(
     """Scores one predicted mask against its target, at the target's size.
 
     mBA of an empty or full mask is NaN, because there is no boundary to be right about; nothing else is ever NaN. F,
-    weighted F and BIoU of an empty mask are 0 whatever the prediction, and E of a perfect one is n / (n - 1) for n
+    weighted F and BIoU of an empty mask are 0 whatever the prediction, IoU of two empty masks is 1, and E of a perfect one is n / (n - 1) for n
     pixels, both as in PySODMetrics and upstream.
 
     Args:
@@ -204,6 +207,7 @@ def compute_metrics(
         "s_measure": lambda: _structure_measure(scored, mask),
         "hce": lambda: _human_correction_effort(alpha > _BINARY_THRESHOLD, mask),
         "mba": lambda: _mean_boundary_accuracy(alpha > _BINARY_THRESHOLD, mask),
+        "iou": lambda: _intersection_over_union(alpha > 0.5, matte > 0.5),
         "sad": lambda: np.abs(alpha - matte).sum() / 1000,
         "mse": lambda: np.mean((scored - (mask if convention == "upstream" else matte)) ** 2),
         "gradient": lambda: _gradient_error(alpha, matte),
@@ -375,6 +379,11 @@ def _mean_boundary_accuracy(prediction_mask: np.ndarray, mask: np.ndarray) -> fl
             return float("nan")
         accuracies.append(correct[band].mean())
     return float(np.mean(accuracies))
+
+
+def _intersection_over_union(prediction_mask: np.ndarray, mask: np.ndarray) -> float:
+    union = np.count_nonzero(prediction_mask | mask)
+    return np.count_nonzero(prediction_mask & mask) / union if union else 1.0
 
 
 def _gradient_error(prediction: np.ndarray, target: np.ndarray) -> float:

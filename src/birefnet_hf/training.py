@@ -85,11 +85,8 @@ _HEADS = ("mask_head", "side_head", "gradient_head", "attention_head")
 # In a row of that many unreadable files something else is wrong.
 _MOST_SUBSTITUTES = 20
 
-# What validation measures beside `METRICS`, described alike.
+# What validation measures beside `METRICS`, described alike. It always measures IoU, too.
 OWN_METRICS = {
-    "iou": Metric(
-        "IoU", True, "0 to 1", *["prediction and mask above one half"] * 2, "mean over images", "Jaccard, 1901"
-    ),
     "loss": Metric(
         "loss", False, "from 0", *["the task's preset, last output only"] * 2, "mean over images", "loss_birefnet.py"
     ),
@@ -400,7 +397,7 @@ def measure(
         loader: from `validation_loader`.
         image_processor: turns logits into alpha.
         accelerator: of the run.
-        metrics: names from `METRICS`; those of `OWN_METRICS` are always measured.
+        metrics: names from `METRICS`; IoU and those of `OWN_METRICS` are always measured.
         task: preset of the loss, with its weights from before the last epochs, so that epochs can be compared.
         sample_pictures: how many pictures to show.
 
@@ -418,38 +415,41 @@ def measure(
         index = sample["index"]
         record = {
             "index": index,
-            "metrics": compute_metrics(alpha, sample["mask"], metrics),
-            "iou": _intersection_over_union(alpha > 0.5, sample["mask"] > 127),
+            "metrics": compute_metrics(alpha, sample["mask"], {"iou", *metrics}),
             "loss": float(loss),
         }
         if index < sample_pictures:
-            record["picture"] = _draw_row(sample["image"], sample["mask"], alpha)
+            record["picture"] = draw_row(sample["image"], sample["mask"], np.rint(alpha * 255).astype(np.uint8))
         records.append(record)
     by_index = {record["index"]: record for record in gather_object(records)}
     records = [by_index[index] for index in sorted(by_index)]
     summary = {name: float(np.mean([record[name] for record in records])) for name in OWN_METRICS}
     summary |= summarize([record["metrics"] for record in records])
     rows = [record["picture"] for record in records if "picture" in record]
-    return summary, _stack_rows(rows) if rows else None
+    return summary, stack_rows(rows) if rows else None
 
 
-def _intersection_over_union(prediction: np.ndarray, mask: np.ndarray) -> float:
-    """Of two binary (height, width) maps; 1 where both are empty."""
-    union = np.count_nonzero(prediction | mask)
-    return np.count_nonzero(prediction & mask) / union if union else 1.0
+def draw_row(*pictures: np.ndarray, side: int = 256) -> np.ndarray:
+    """Pictures side by side, each shrunk or enlarged to fit into a grey square: (side, number * side, 3) uint8.
+
+    Args:
+        *pictures: (height, width) or (height, width, 3) uint8.
+        side: of a square.
+    """
+    squares = []
+    for picture in pictures:
+        scale = side / max(picture.shape[:2])
+        height, width = (max(1, round(length * scale)) for length in picture.shape[:2])
+        square = Image.new("RGB", (side, side), (128, 128, 128))
+        resized = Image.fromarray(picture).convert("RGB").resize((width, height))
+        square.paste(resized, ((side - width) // 2, (side - height) // 2))
+        squares.append(np.asarray(square))
+    return np.hstack(squares)
 
 
-def _draw_row(image: np.ndarray, mask: np.ndarray, alpha: np.ndarray, height: int = 256) -> np.ndarray:
-    """Image, mask and prediction side by side: (height, 3 * width, 3) uint8."""
-    width = round(image.shape[1] * height / image.shape[0])
-    parts = (image, mask, np.rint(alpha * 255).astype(np.uint8))
-    return np.hstack([np.asarray(Image.fromarray(part).convert("RGB").resize((width, height))) for part in parts])
-
-
-def _stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Pictures of one height below each other, black between them and beside narrower ones."""
-    width = max(row.shape[1] for row in rows)
-    return np.vstack([np.pad(row, ((0, 4), (0, width - row.shape[1]), (0, 0))) for row in rows])
+def stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures of one width, (height, width, 3) uint8, below each other with black between them."""
+    return np.vstack([np.pad(row, ((0, 4), (0, 0), (0, 0))) for row in rows])
 
 
 @contextlib.contextmanager
