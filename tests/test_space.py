@@ -83,7 +83,7 @@ def test_options_of_the_image_endpoint(client, photo):
     assert set(np.unique(run(mask_only=True, threshold=0.5))) <= {0, 255}
     assert run(background="Colour", colour="rgba(255.0, 0, 0, 1)", refine=False).shape == (40, 60, 3)
     assert run(background="Blur", size="512").shape == (40, 60, 3)
-    with pytest.raises(Exception, match="not on offer"):
+    with pytest.raises(Exception, match="not in the list of choices"):
         run(model="../secrets")
 
 
