@@ -1,0 +1,54 @@
+"""The benchmark script on a tiny network: rows in processes of their own, table and JSON."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from conftest import tiny_settings
+
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(benchmark, tmp_path, *arguments: str) -> dict:
+    settings = json.dumps(tiny_settings())
+    result = tmp_path / "result.json"
+    common = ["--backbone", "swin", "--settings", settings, "--sizes", "64", "--threads", "1", "--json", str(result)]
+    assert benchmark.main([*arguments, *common]) == 0
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_inference(benchmark, tmp_path, capsys):
+    """Both implementations give the same logits up to rounding, and bfloat16 nearly the same."""
+    content = run(benchmark, tmp_path, "--dtypes", "float32", "bfloat16", "--repeats", "2")
+    baseline, single, half = content["rows"]
+    assert [row["backend"] for row in content["rows"]] == ["torchvision", "birefnet_hf", "birefnet_hf"]
+    assert baseline["difference"] == 0
+    assert 0 < single["difference"] < 1e-4 < half["difference"] < 0.5
+    for row in content["rows"]:
+        assert len(row["seconds"]) == 2 and 0 < row["min_s"] <= row["median_s"]
+        assert 0.05 < row["peak_gb"] < 4
+    table = capsys.readouterr().out
+    assert table.count("| birefnet_hf | ") == 2 and "threads 1" in table
+
+
+@pytest.mark.slow
+def test_training_step(benchmark, tmp_path):
+    content = run(benchmark, tmp_path, "train", "--batch-size", "2")
+    for row in content["rows"]:
+        assert row["images_per_s"] == pytest.approx(2 / row["median_s"])
+
+
+def test_not_a_checkout(benchmark, tmp_path):
+    with pytest.raises(SystemExit, match="holds no models/birefnet.py"):
+        benchmark.main(["--reference", str(tmp_path)])
