@@ -210,7 +210,13 @@ def process(source: str, options: Options) -> tuple[Image.Image, Image.Image, Im
     image = load_image(source, timeout=URL_TIMEOUT, max_pixels=MAX_PIXELS)
     pipe, notice = MODELS.get(options.model)
     resize = {} if options.size is None else {"size": options.size}
-    mask = apply_threshold(pipe(image, output_type="mask", **resize), options.threshold)
+    try:
+        mask = apply_threshold(pipe(image, output_type="mask", **resize), options.threshold)
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch's allocators raise RuntimeErrors of their own for each device; any other error is a fault to be seen.
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise ValueError("There is not enough memory at this input size: choose a smaller one.") from error
     result = mask if options.mask_only else render_picture(image, mask, options.background, options.refine)
     return image, result, mask, notice
 

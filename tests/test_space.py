@@ -188,3 +188,20 @@ def test_old_folders_of_requests_are_removed(app):
     os.utime(old, (0, 0))
     new = app.request_folder()
     assert new.is_dir() and not old.exists()
+
+
+def test_running_out_of_memory_is_a_message_and_stops_nothing_else(app, photo, monkeypatch):
+    class Full:
+        calls = 0
+
+        def __call__(self, image, **options):
+            self.calls += 1
+            if self.calls == 1:
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
+            return Image.new("L", image.size, 128)
+
+    pipe = Full()
+    monkeypatch.setattr(app.MODELS, "get", lambda name: (pipe, ""))
+    results, archive, report = app.cut_out_batch([str(photo), str(photo)])
+    assert len(results) == 1 and "1 done, 1 failed." in report
+    assert "not enough memory" in report
