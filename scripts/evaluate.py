@@ -37,8 +37,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -232,16 +233,17 @@ def read_sample(
 
 
 def read_batches(
-    indices: Sequence[int], batch_size: int, read: Callable[[int], Sample]
+    indices: Sequence[int], batch_size: int, read: Callable[[int], Sample], *, ahead: bool
 ) -> Iterator[list[tuple[int, Future]]]:
-    """Yields indices with futures of their samples; a thread reads one batch ahead."""
-    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    """Yields indices with futures of their samples, which are done; a thread reads one batch ahead if it may."""
+    waiting: deque[list[tuple[int, Future]]] = deque()
     with ThreadPoolExecutor(1) as reader:
-        waiting: deque[list[tuple[int, Future]]] = deque()
-        for batch in batches:
-            waiting.append([(index, reader.submit(read, index)) for index in batch])
-            if len(waiting) > 1:
-                yield waiting.popleft()
+        for start in range(0, len(indices), batch_size):
+            waiting.append([(index, reader.submit(read, index)) for index in indices[start : start + batch_size]])
+            if len(waiting) > ahead:
+                batch = waiting.popleft()
+                wait([future for _, future in batch])
+                yield batch
         yield from waiting
 
 
@@ -274,12 +276,13 @@ def make_pool(workers: int) -> Executor:
 def evaluate(
     arguments: argparse.Namespace,
     indices: Sequence[int],
+    names: Sequence[str],
     read: Callable[[int], Sample],
     pipe: BackgroundRemovalPipeline | None,
     pool: Executor,
     progress: tqdm,
 ) -> Results:
-    """Measures the images of this process.
+    """Measures the images of this process: `indices` of those called `names`.
 
     Raises:
         ImageLoadError: a file cannot be read, unless such files are to be skipped.
@@ -296,16 +299,16 @@ def evaluate(
             keep_if_worst(results.worst, sample, scores.scores, arguments.worst_by, arguments.worst)
             progress.update()
 
-    for batch in read_batches(indices, arguments.batch_size, read):
+    # Composites draw from torch's random numbers, as the pipeline does: not at the same time, to be the same each time.
+    for batch in read_batches(indices, arguments.batch_size, read, ahead=not arguments.cutouts):
         samples = []
-        for _, future in batch:
+        for index, future in batch:
             try:
                 samples.append(future.result())
             except ImageLoadError as error:
                 if arguments.on_bad_data == "stop":
                     raise
-                name, _, reason = str(error).partition(": ")
-                results.skipped.append(BadSample(name, reason))
+                results.skipped.append(BadSample(names[index], str(error)))
                 logger.warning("Skipped: %s", error)
                 progress.update()
         if pipe is not None and samples:
@@ -330,8 +333,7 @@ def keep_if_worst(
     badness = -scores[metric] if METRICS[metric].higher_is_better else scores[metric]
     if most == 0 or math.isnan(badness) or (len(worst) == most and (badness, -sample.index) < worst[0][:2]):
         return
-    others = ", ".join(f"{METRICS[name].label} {score:.3f}" for name, score in scores.items() if name != metric)
-    title = f"{Path(sample.name).name}: {METRICS[metric].label} {scores[metric]:.3f}; {others}"
+    title = f"{METRICS[metric].label} {scores[metric]:.4f}: {Path(sample.name).name}"
     error = sample.prediction.astype(np.int16) - sample.mask
     too_high, too_low = (np.clip(part, 0, 255).astype(np.uint8) for part in (error, -error))
     picture = draw_row(
@@ -355,9 +357,9 @@ def describe(arguments: argparse.Namespace, summary: dict[str, float]) -> dict[s
     described = {}
     for name, value in summary.items():
         about = METRICS[name]._asdict()
-        about["inputs"] = {convention: about.pop(convention) for convention in get_args(Convention)}[
-            arguments.convention
-        ]
+        about["inputs"] = about[arguments.convention]
+        for convention in get_args(Convention):
+            del about[convention]
         described[name] = {"value": None if math.isnan(value) else value, **about}
     return described
 
@@ -410,9 +412,8 @@ def run(arguments: argparse.Namespace, pool: Executor, state: PartialState) -> N
     started = time.monotonic()
     hidden = None if state.is_main_process else True  # None: shown on a terminal only
     with tqdm(total=len(indices), unit="image", desc="evaluating", disable=hidden) as progress:
-        results = evaluate(
-            arguments, indices, lambda index: read_sample(index, names, pairs, predictions), pipe, pool, progress
-        )
+        read = partial(read_sample, names=names, pairs=pairs, predictions=predictions)
+        results = evaluate(arguments, indices, names, read, pipe, pool, progress)
     results = results.gather(arguments.worst)
     results.skipped = skipped + results.skipped
     if not state.is_main_process:

@@ -430,21 +430,19 @@ def measure(
 
 
 def draw_row(*pictures: np.ndarray, side: int = 256) -> np.ndarray:
-    """Pictures side by side, each shrunk or enlarged to fit into a grey square: (side, number * side, 3) uint8.
+    """Pictures of one size side by side, each shrunk or enlarged into a column: (at most side, number * side, 3) uint8.
 
     Args:
         *pictures: (height, width) or (height, width, 3) uint8.
-        side: of a square.
+        side: width of a column, which is grey beside a narrow picture, and largest height.
     """
-    squares = []
-    for picture in pictures:
-        scale = side / max(picture.shape[:2])
-        height, width = (max(1, round(length * scale)) for length in picture.shape[:2])
-        square = Image.new("RGB", (side, side), (128, 128, 128))
+    scale = side / max(pictures[0].shape[:2])
+    height, width = (max(1, round(length * scale)) for length in pictures[0].shape[:2])
+    row = Image.new("RGB", (len(pictures) * side, height), (128, 128, 128))
+    for column, picture in enumerate(pictures):
         resized = Image.fromarray(picture).convert("RGB").resize((width, height))
-        square.paste(resized, ((side - width) // 2, (side - height) // 2))
-        squares.append(np.asarray(square))
-    return np.hstack(squares)
+        row.paste(resized, (column * side + (side - width) // 2, 0))
+    return np.asarray(row)
 
 
 def stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
