@@ -217,7 +217,7 @@ def parse_background(
                 raise ValueError(
                     f'background={background!r} is neither a colour (such as "white" or "#1a2b3c") nor a file.'
                 ) from error
-    return _to_tensor(load_image(background, timeout=timeout))
+    return to_tensor(load_image(background, timeout=timeout))
 
 
 def composite(foreground: torch.Tensor, alpha: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
@@ -268,7 +268,7 @@ def cut_out(image: Image.Image, alpha: Image.Image, refine: bool = True) -> Imag
     if image.size != alpha.size:
         raise ValueError(f"The image has {image.size} pixels, its alpha {alpha.size}; they must agree.")
     if refine:
-        colours = refine_foreground(_to_tensor(image), _to_tensor(alpha))
+        colours = refine_foreground(to_tensor(image), to_tensor(alpha))
         image = Image.fromarray(to_uint8(colours).permute(1, 2, 0).numpy())
     image.putalpha(alpha)
     return image
@@ -279,7 +279,7 @@ def to_uint8(values: torch.Tensor) -> torch.Tensor:
     return (values * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def _to_tensor(image: Image.Image) -> torch.Tensor:
+def to_tensor(image: Image.Image) -> torch.Tensor:
     """PIL image to (channels, H, W) float32 in [0, 1]."""
     array = torch.from_numpy(np.array(image))
     return (array[None] if array.dim() == 2 else array.permute(2, 0, 1)).to(torch.float32) / 255

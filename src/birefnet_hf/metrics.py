@@ -164,8 +164,8 @@ def compute_metrics(
     """Scores one predicted mask against its target, at the target's size.
 
     mBA of an empty or full mask is NaN, because there is no boundary to be right about; nothing else is ever NaN. F,
-    weighted F and BIoU of an empty mask are 0 whatever the prediction, IoU of two empty masks is 1, and E of a perfect one is n / (n - 1) for n
-    pixels, both as in PySODMetrics and upstream.
+    weighted F and BIoU of an empty mask are 0 whatever the prediction, and E of a perfect one is n / (n - 1) for n
+    pixels, both as in PySODMetrics and upstream. IoU of two empty masks is 1.
 
     Args:
         prediction: (height, width), uint8 in [0, 255], bool, or float in [0, 1]. Floats are not quantised to 8 bits,

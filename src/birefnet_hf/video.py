@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from .foreground import composite, cut_out, refine_foreground, to_uint8
+from .foreground import composite, cut_out, refine_foreground, to_tensor, to_uint8
 
 
 if TYPE_CHECKING:
@@ -284,8 +284,8 @@ def render_picture(image: Image.Image, alpha: Image.Image, background: Backgroun
         return cut_out(image, alpha, refine=refine)
     if isinstance(background, str):
         blurred = image.filter(ImageFilter.GaussianBlur(max(2.0, BLUR_SHARE * max(image.size))))
-        background = _to_tensor(blurred)
-    colours, matte = _to_tensor(image), torch.from_numpy(np.array(alpha)).to(torch.float32) / 255
+        background = to_tensor(blurred)
+    colours, matte = to_tensor(image), to_tensor(alpha)[0]
     if refine:
         colours = refine_foreground(colours, matte)
     pixels = to_uint8(composite(colours, matte, background))  # (3, H, W)
@@ -295,11 +295,6 @@ def render_picture(image: Image.Image, alpha: Image.Image, background: Backgroun
 def apply_threshold(alpha: Image.Image, threshold: float) -> Image.Image:
     """Alpha of 0 or 255 alone, split at `threshold` in (0, 1]; 0 leaves it soft."""
     return alpha.point([255 if value >= threshold * 255 else 0 for value in range(256)]) if threshold > 0 else alpha
-
-
-def _to_tensor(image: Image.Image) -> torch.Tensor:
-    """RGB image to (3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).to(torch.float32) / 255
 
 
 __all__ = ["VideoError", "VideoInfo", "apply_threshold", "cut_out_video", "probe_video", "render_picture"]
