@@ -1,8 +1,11 @@
 """Tiny networks and pictures that the tests share. Nothing here needs a network connection."""
 
+import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,6 +15,15 @@ from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetIm
 
 
 torch.set_num_threads(1)  # for networks as small as these, more threads cost time, above all on a busy machine
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script as a module of its file's name."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where dataclasses look for their module
+    spec.loader.exec_module(module)
+    return module
 
 
 def tiny_settings(**changes) -> dict:

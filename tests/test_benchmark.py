@@ -1,11 +1,10 @@
 """The benchmark script on a tiny network: rows in processes of their own, table and JSON."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
-from conftest import tiny_settings
+from conftest import load_script, tiny_settings
 
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
@@ -13,10 +12,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def run(benchmark, tmp_path, *arguments: str) -> dict:

@@ -1,7 +1,6 @@
 """scripts/evaluate.py: numbers, tables and pictures of models and of folders of predictions; bad data."""
 
 import csv
-import importlib.util
 import json
 import logging
 import math
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accelerate.state import PartialState
+from conftest import load_script
 from PIL import Image, ImageDraw, ImageFilter
 
 from birefnet_hf.data import load_mask
@@ -24,15 +24,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
 SIZES = {"a": (64, 48), "b": (50, 70), "c": (48, 48), "d": (90, 40)}  # width, height
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("evaluate", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["evaluate"] = module  # where dataclasses look for their module
-    spec.loader.exec_module(module)
-    return module
-
-
-evaluate = load_script()
+evaluate = load_script(SCRIPT)
 
 
 @pytest.fixture(autouse=True)

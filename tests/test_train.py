@@ -1,7 +1,6 @@
 """scripts/train.py: what a run leaves behind, exact resuming, several processes, adapters, bad data and full disks."""
 
 import functools
-import importlib.util
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import tiny_settings
+from conftest import load_script, tiny_settings
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from torch import nn
@@ -40,15 +39,7 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "train.py"
 WITHOUT_DROPOUT = {"attention_block_dropout": 0.0, "drop_path_rate": 0.0}
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("train", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train"] = module  # where dataclasses look for their module
-    spec.loader.exec_module(module)
-    return module
-
-
-train = load_script()
+train = load_script(SCRIPT)
 
 
 @pytest.fixture(autouse=True)
