@@ -11,23 +11,17 @@ from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision import tv_tensors
 
 from birefnet_hf import data
+from birefnet_hf.augmentation import build_augmentation
 from birefnet_hf.data import (
-    BackgroundSynthesis,
     BadDataError,
-    BicubicRotation,
-    SaltAndPepper,
     SampleKey,
-    SoftMask,
     TrainingBatchSampler,
     TrainingDataset,
     TrainingStream,
-    build_augmentation,
     load_mask,
     load_pairs,
-    seeded_random,
 )
 from birefnet_hf.image_loading import ImageLoadError
 from birefnet_hf.image_processing_birefnet import BiRefNetImageProcessor
@@ -362,36 +356,7 @@ class TestCutouts:
             load_pairs(folder, compositor=Compositor(), streaming=True)
 
 
-class TestAugmentation:
-    def pair(self, size=64):
-        """An image whose every channel is its mask, so that whatever moves both alike keeps them equal."""
-        ramp = torch.zeros(1, size, size)
-        ramp[:, size // 4 : size // 2, size // 4 : 3 * size // 4] = torch.linspace(0.2, 1, size // 2)
-        return tv_tensors.Image(ramp.expand(3, -1, -1).clone()), SoftMask(ramp.clone())
-
-    @pytest.mark.parametrize("seed", range(6))
-    def test_image_and_mask_move_together(self, seed):
-        with seeded_random(seed):
-            image, moved = self.pair()
-            for transform in (
-                data.RandomCrop(0.7, 1.0),
-                BicubicRotation(1.0),
-                build_augmentation("upstream").after_resize.transforms[0],
-            ):
-                image, moved = transform(image, moved)
-        assert isinstance(moved, SoftMask)
-        torch.testing.assert_close(image[1:2].as_subclass(torch.Tensor), moved.as_subclass(torch.Tensor))
-        assert len(moved.unique()) > 10  # still soft
-
-    def test_default_moves_both_and_fills_the_image_with_the_mean(self):
-        move = build_augmentation("default").after_resize.transforms[2].transforms[0]
-        with seeded_random(1):
-            image, moved = move(*self.pair())
-        inside = moved.as_subclass(torch.Tensor)[0] > 0.5
-        assert inside.any()
-        torch.testing.assert_close(image[0][inside], moved.as_subclass(torch.Tensor)[0][inside])
-        assert len(moved.unique()) > 10
-
+class TestTrainingDataset:
     @pytest.mark.parametrize("preset", ["default", "upstream", "upstream-background", "none"])
     def test_presets(self, preset, pairs, processor):
         dataset = TrainingDataset(pairs, processor, build_augmentation(preset))
@@ -404,53 +369,6 @@ class TestAugmentation:
             assert sample["labels"].any()
             assert sample["pixel_values"].abs().max() < 3
 
-    def test_unknown_preset(self):
-        with pytest.raises(ValueError, match="upstream-background"):
-            build_augmentation("strong")
-
-    def test_rotation_is_pillows(self):
-        ramp = torch.linspace(0, 1, 60).view(1, 1, 60) * torch.linspace(0.3, 1, 48).view(1, 48, 1)
-        picture = Image.fromarray((ramp[0] * 255).round().to(torch.uint8).numpy())
-        with seeded_random(3):
-            angle = int((torch.rand(()), torch.randint(-15, 15, ()))[1])
-        with seeded_random(3):
-            turned, _ = BicubicRotation(1.0)(tv_tensors.Image(ramp.expand(3, -1, -1)), SoftMask(ramp))
-        expected = torch.from_numpy(np.asarray(picture.rotate(angle, Image.Resampling.BICUBIC)) / 255.0)
-        assert angle != 0
-        inside = (slice(14, -14), slice(14, -14))
-        assert (turned[0].double() - expected)[inside].abs().max() < 0.01
-
-    def test_salt_and_pepper(self):
-        image = tv_tensors.Image(torch.full((3, 100, 100), 0.5))
-        with seeded_random(0):
-            peppered, _ = SaltAndPepper()(image, SoftMask(torch.zeros(1, 100, 100)))
-        changed = peppered[:, (peppered[0] != 0.5)]
-        assert 12 <= changed.shape[1] <= 15
-        assert set(changed.unique().tolist()) == {0.0, 1.0}
-        assert torch.equal(changed[0], changed[2])
-        assert (image == 0.5).all()
-
-    def test_background_synthesis(self):
-        image, soft = tv_tensors.Image(torch.rand(3, 16, 16)), SoftMask(torch.zeros(1, 16, 16))
-        soft[:, 4:12, 4:12] = 1
-        for seed in range(5):
-            with seeded_random(seed):
-                composed, kept = BackgroundSynthesis()(image, soft)
-            assert torch.equal(composed[:, 4:12, 4:12], image[:, 4:12, 4:12])
-            assert composed[:, :4].flatten(1).std(dim=1).max() < 1e-6
-            assert kept is soft
-
-    def test_crop_keeps_the_object(self):
-        corner = SoftMask(torch.zeros(1, 40, 40))
-        corner[:, 0, 0] = 1
-        for seed in range(20):
-            with seeded_random(seed):
-                image, cropped = data.RandomCrop(0.5, 1.0)(tv_tensors.Image(torch.zeros(3, 40, 40)), corner)
-            assert cropped.any()
-            assert image.shape[-2:] == cropped.shape[-2:]
-
-
-class TestTrainingDataset:
     def test_preprocessing_is_the_processors(self, pairs, processor):
         sample = TrainingDataset(pairs, processor)[3]
         expected = processor(images=pairs[3]["image"], segmentation_maps=pairs[3]["mask"], return_tensors="pt")
