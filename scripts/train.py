@@ -164,7 +164,13 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("model")
     group.add_argument("--model", help="Hub id, alias or directory to start from; without it: from scratch")
     group.add_argument("--backbone", help="from scratch: name of the backbone, see BiRefNetConfig")
-    group.add_argument("--pretrained-backbone", action=flag, default=False, help="from scratch: timm's weights for it")
+    group.add_argument(
+        "--pretrained-backbone",
+        nargs="?",
+        const="timm",
+        metavar="FILE",
+        help="from scratch: timm's weights for the backbone, downloaded, or this file of them",
+    )
     group.add_argument(
         "--model-settings",
         type=read_model_settings,
@@ -415,10 +421,12 @@ def load_model(arguments: argparse.Namespace) -> tuple[BiRefNetForImageSegmentat
         if arguments.backbone:
             settings["backbone"] = arguments.backbone
         model = BiRefNetForImageSegmentation(BiRefNetConfig(**settings))
-        height, width = model.config.image_size
-        processor = BiRefNetImageProcessor(size={"height": height, "width": width})
+        normalisation = {}
         if arguments.pretrained_backbone:
-            load_timm_weights(model)
+            file = None if arguments.pretrained_backbone == "timm" else arguments.pretrained_backbone
+            normalisation["image_mean"], normalisation["image_std"] = load_timm_weights(model, file)
+        height, width = model.config.image_size
+        processor = BiRefNetImageProcessor(size={"height": height, "width": width}, **normalisation)
     if arguments.size:
         processor = with_size(processor, {"height": arguments.size[0], "width": arguments.size[1]})
     elif arguments.dynamic_size:

@@ -194,7 +194,7 @@ def test_pvt_says_which_images_are_too_small():
 @pytest.mark.parametrize("backbone", ["pvt_v2_b0", "dino_v3_s", "resnet50"])
 def test_missing_timm_is_named_with_the_cure(backbone, monkeypatch):
     monkeypatch.setattr(backbone_timm_birefnet, "is_timm_available", lambda: False)
-    with pytest.raises(ImportError, match=rf"backbone='{backbone}'.*pip install 'birefnet-hf\[timm\]'"):
+    with pytest.raises(ImportError, match=rf"backbone='{backbone}'.*pip install timm"):
         build_timm_backbone(BiRefNetConfig(backbone=backbone))
 
 

@@ -526,7 +526,7 @@ def test_swin_weights_of_timm():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["pvt_v2_b0", "resnet50", "vgg16bn", "dino_v3_s"])
+@pytest.mark.parametrize("backbone", ["pvt_v2_b0", "resnet50", "vgg16bn", "dino_v3_s", "tf_efficientnet_lite0"])
 def test_other_weights_of_timm(backbone):
     pytest.importorskip("timm")
     from birefnet_hf.backbone_timm_birefnet import create_timm_model
@@ -540,6 +540,8 @@ def test_other_weights_of_timm(backbone):
         if backbone == "dino_v3_s":
             options = {"norm": False, "output_fmt": "NCHW", "intermediates_only": True}
             expected = theirs.forward_intermediates(pixel_values, indices=[11], **options)[0]
+        elif backbone == "tf_efficientnet_lite0":
+            expected = theirs.blocks(theirs.bn1(theirs.conv_stem(pixel_values)))  # without the classifier's head
         else:
             forward = theirs.features if backbone.startswith("vgg") else theirs.forward_features
             expected = forward(pixel_values)

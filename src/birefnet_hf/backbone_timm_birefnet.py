@@ -1,4 +1,4 @@
-"""Backbones that timm builds: PVTv2, DINOv3, ResNet-50 and VGG-16. timm is needed only when one of them is chosen."""
+"""Backbones that timm builds: PVTv2, DINOv3, ResNet-50, VGG-16, EfficientNet-Lite; timm is imported for them only."""
 
 import torch
 from torch import nn
@@ -6,10 +6,6 @@ from transformers import GradientCheckpointingLayer
 from transformers.utils import is_timm_available
 
 from .configuration_birefnet import BiRefNetConfig
-
-
-if is_timm_available():
-    import timm
 
 
 # Name in timm, and for the plain ViTs the blocks whose outputs are the four maps (models/backbones/dino_v3.py upstream).
@@ -27,6 +23,7 @@ TIMM_NAMES = {
     "resnet50": "resnet50.tv2_in1k",
     "vgg16": "vgg16.tv_in1k",
     "vgg16bn": "vgg16_bn.tv_in1k",
+    "tf_efficientnet_lite0": "tf_efficientnet_lite0.in1k",
 }
 DINO_V3_BLOCKS = {
     "dino_v3_7b": (9, 19, 29, 39),
@@ -44,10 +41,10 @@ def create_timm_model(name: str, **kwargs) -> nn.Module:
     Raises:
         ImportError: timm is not installed.
     """
-    if not is_timm_available():
-        raise ImportError(
-            f"backbone={name!r} is built by timm: pip install 'birefnet-hf[timm]' (or pip install timm)."
-        )
+    if is_timm_available():  # under this test, so that remote code with another backbone does not ask for timm
+        import timm
+    else:
+        raise ImportError(f"backbone={name!r} is built by timm: pip install timm.")
     return timm.create_model(TIMM_NAMES[name], pretrained=False, **kwargs)
 
 
@@ -123,7 +120,7 @@ class BiRefNetDinoV3Backbone(nn.Module):
 
 
 class BiRefNetConvBackbone(nn.Module):
-    """ResNet-50 or VGG-16, in four stages.
+    """ResNet-50, VGG-16 or EfficientNet-Lite0 (Tan & Le, arXiv 1905.11946, without squeeze and excitation), in four stages.
 
     No gradient checkpointing: to compute a batch normalisation twice is to count the batch twice in its statistics.
     """
@@ -134,6 +131,10 @@ class BiRefNetConvBackbone(nn.Module):
         if config.backbone == "resnet50":
             stem = nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool, model.layer1)
             self.stages = nn.ModuleList([stem, model.layer2, model.layer3, model.layer4])
+        elif config.backbone == "tf_efficientnet_lite0":
+            # Cut before the blocks that halve the map.
+            stem = nn.Sequential(model.conv_stem, model.bn1, model.blocks[:2])
+            self.stages = nn.ModuleList([stem, model.blocks[2:3], model.blocks[3:5], model.blocks[5:]])
         else:
             # Cut after the 2nd, 3rd, 4th and 5th pooling.
             pools = [index + 1 for index, layer in enumerate(model.features) if isinstance(layer, nn.MaxPool2d)]

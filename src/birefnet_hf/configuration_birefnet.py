@@ -37,6 +37,7 @@ BackboneName = Literal[
     "resnet50",
     "vgg16",
     "vgg16bn",
+    "tf_efficientnet_lite0",
 ]
 
 

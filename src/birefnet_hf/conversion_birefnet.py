@@ -27,7 +27,7 @@ IGNORED_TENSORS = re.compile(r"relative_position_index$")
 
 Shapes = dict[str, tuple[int, ...]]
 
-# Channels of the four feature maps, fine to coarse, of the backbones that timm builds.
+# Channels of the four feature maps, fine to coarse, of the backbones that timm builds. All but the last are upstream's.
 TIMM_BACKBONE_CHANNELS = {
     "pvt_v2_b5": (64, 128, 320, 512),
     "pvt_v2_b2": (64, 128, 320, 512),
@@ -42,6 +42,7 @@ TIMM_BACKBONE_CHANNELS = {
     "resnet50": (256, 512, 1024, 2048),
     "vgg16": (128, 256, 512, 512),
     "vgg16bn": (128, 256, 512, 512),
+    "tf_efficientnet_lite0": (24, 40, 112, 320),
 }
 
 # Shape of the named Swin v1 backbones; `backbone="swin"` takes the same four fields from the user.

@@ -272,6 +272,10 @@ def timm_name_of(name: str, backbone: str) -> str | None:
         return name.replace("stages.0.downsample.", "patch_embed.")
     if backbone.startswith("dino"):
         return name.removeprefix("model.")
+    if backbone.startswith("tf_efficientnet"):
+        for ours, theirs in (("stages.0.0.", "conv_stem."), ("stages.0.1.", "bn1."), ("stages.0.2.", "blocks.")):
+            name = name.replace(ours, theirs) if name.startswith(ours) else name
+        return re.sub(r"^stages\.\d\.", "blocks.", name)
     if backbone.startswith("vgg"):
         return re.sub(r"^stages\.\d\.", "features.", name)
     for ours, theirs in (("stages.0.0.", "conv1."), ("stages.0.1.", "bn1."), ("stages.0.4.", "layer1.")):
@@ -295,13 +299,22 @@ def copy_timm_weights(model: BiRefNetForImageSegmentation, timm_model: nn.Module
     )
 
 
-def load_timm_weights(model: BiRefNetForImageSegmentation) -> None:
+def load_timm_weights(
+    model: BiRefNetForImageSegmentation, file: str | Path | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Gives the backbone the weights that timm has for it, pretrained on image classification or by DINOv3.
 
+    Args:
+        model: its backbone is changed in place.
+        file: timm's checkpoint of the whole classifier, where it shall not be downloaded.
+
+    Returns:
+        The mean and the standard deviation of each colour that the backbone was trained with, for pixels in [0, 1].
+
     Raises:
-        ValueError: timm has no weights for this backbone.
+        ValueError: timm has no weights for this backbone, or the file has other tensors.
         ImportError: timm is not installed.
-        OSError: they cannot be downloaded.
+        OSError: they cannot be downloaded or read.
     """
     try:
         import timm
@@ -315,7 +328,16 @@ def load_timm_weights(model: BiRefNetForImageSegmentation) -> None:
             f"{', '.join(_TIMM_SWIN_NAMES | TIMM_NAMES)}, or train it from scratch."
         )
     logger.info("Loading the backbone's weights: timm's %s.", name)
-    copy_timm_weights(model, timm.create_model(name, pretrained=True))
+    if file is not None and not Path(file).is_file():
+        raise FileNotFoundError(f"There is no file {file} with weights for the backbone.")
+    try:
+        timm_model = timm.create_model(
+            name, pretrained=True, pretrained_cfg_overlay={"file": str(file)} if file else None
+        )
+    except RuntimeError as error:
+        raise ValueError(f"{file or name} does not hold the weights of timm's {name}: {error}") from error
+    copy_timm_weights(model, timm_model)
+    return tuple(timm_model.pretrained_cfg["mean"]), tuple(timm_model.pretrained_cfg["std"])
 
 
 class SubstitutingDataset(Dataset):
