@@ -21,6 +21,7 @@ from birefnet_hf import (
     load_pipeline,
 )
 from birefnet_hf.image_loading import ImageLoadError
+from birefnet_hf.pipeline_birefnet import render_picture
 
 
 def photo(width: int = 90, height: int = 60, seed: int = 0) -> Image.Image:
@@ -137,6 +138,55 @@ def test_composite_on_an_image(pipe, tmp_path):
     assert np.abs(corner - np.asarray(pipe(image, background="white"))[0, 0]).max() > 30
 
 
+def test_blurred_background_holds_no_foreground(pipe):
+    """A red disc on stripes: the stripes are gone around it, and no red has flowed into them."""
+    pixels = np.zeros((120, 120, 3), np.uint8)
+    pixels[:, ::2] = 200
+    y, x = np.mgrid[0:120, 0:120]
+    disc = np.hypot(x - 60, y - 60) < 30
+    pixels[disc] = (250, 20, 20)
+    image, alpha = Image.fromarray(pixels), Image.fromarray(disc.astype(np.uint8) * 255)
+    result = np.asarray(render_picture(image, alpha, background="blur")).astype(int)
+    assert (result[disc] == (250, 20, 20)).all()
+    around = result[~disc]
+    assert around[:, 0].std() < 15 and pixels[~disc][:, 0].std() > 95
+    assert np.abs(around[:, 0] - around[:, 1]).max() <= 1
+    blurred = pipe(photo(), background="blur")
+    assert blurred.mode == "RGB" and blurred.size == photo().size
+
+
+def test_threshold_splits_alpha(pipe):
+    soft, hard = (np.asarray(pipe(photo(), output_type="mask", **o)) for o in ({}, {"threshold": 0.4}))
+    assert len(np.unique(soft)) > 10 and set(np.unique(hard)) == {0, 255}
+    assert ((soft >= 103) <= (hard == 255)).all() and ((soft <= 101) <= (hard == 0)).all()
+    assert set(np.unique(np.asarray(pipe(photo(), threshold=0.4))[..., 3])) == {0, 255}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"refine_foreground": False}, {"background": "white"}, {"background": "blur"}]
+)
+def test_a_picture_from_a_mask_is_the_pipelines(pipe, options):
+    mask = pipe(photo(), output_type="mask")
+    settings = dict(options)
+    if settings.get("background") == "white":
+        settings["background"] = torch.ones(3, 1, 1)
+    # The mask has 8 bits, the pipeline's alpha 32.
+    assert difference(render_picture(photo(), mask, **settings), pipe(photo(), **options)) <= 3
+
+
+def test_pictures_from_masks_refuse_what_does_not_fit():
+    alpha = Image.new("L", (90, 60), 128)
+    for options, message in (
+        ({"output_type": "composite"}, "needs a `background`"),
+        ({"background": "white"}, "parse_background"),
+        ({"threshold": -1.0}, "threshold"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            render_picture(photo(), alpha, **options)
+    with pytest.raises(ValueError, match="must agree"):
+        render_picture(photo(), alpha.resize((9, 6)))
+
+
 def test_defaults_of_the_constructor_give_way_to_the_call(seeing_model_dir):
     image = photo()
     pipe = load_pipeline(seeing_model_dir, device="cpu", background="white", refine_foreground=False, batch_size=2)
@@ -151,6 +201,7 @@ def test_contradictions_are_refused(pipe, tiny_model_dir):
         ({"output_type": "mask", "background": "white"}, "has no background"),
         ({"output_type": "composite"}, "needs a `background`"),
         ({"background": "whitish"}, "whitish"),
+        ({"threshold": 1.5}, "threshold=1.5"),
     ):
         with pytest.raises(ValueError, match=message):
             pipe(photo(), **options)

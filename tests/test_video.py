@@ -13,7 +13,7 @@ from birefnet_hf import load_pipeline
 
 av = pytest.importorskip("av", reason="PyAV is not installed: pip install av")
 
-from birefnet_hf.video import VideoError, cut_out_video, probe_video, render_picture  # noqa: E402
+from birefnet_hf.video import VideoError, cut_out_video, probe_video  # noqa: E402
 
 
 def write_video(path: Path, num_frames: int = 6, size: tuple[int, int] = (64, 48), sound: bool = False) -> Path:
@@ -127,13 +127,3 @@ def test_bad_and_too_large_videos_are_refused_and_leave_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="cancelled"):
         cut_out_video(source, out / "e.webm", brightness_mask, progress=cancel)
     assert not list(out.glob("*")) and not list(out.glob(".*"))
-
-
-def test_a_blurred_background_keeps_the_foreground(tmp_path):
-    pixels = np.zeros((40, 40, 3), np.uint8)
-    pixels[:, ::2] = 255
-    alpha = Image.new("L", (40, 40), 0)
-    alpha.paste(255, (0, 0, 20, 40))
-    result = np.asarray(render_picture(Image.fromarray(pixels), alpha, "blur", refine=False)).astype(int)
-    assert (result[:, :20] == pixels[:, :20]).all()
-    assert np.ptp(result[10:30, 25:35]) < 60  # the stripes are gone

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import IterableDataset
 from transformers import ImageSegmentationPipeline, Pipeline
@@ -25,6 +26,11 @@ logger = logging.get_logger(__name__)
 
 OutputType = Literal["mask", "cutout", "composite"]
 Size = int | tuple[int, int] | dict[str, int]
+Background = torch.Tensor | Literal["blur"]
+
+# Standard deviation of a blurred background, as a share of the image's longer side, but two pixels at least.
+BLUR_SHARE = 0.02
+MIN_BLUR = 2.0
 
 
 class _Stream(IterableDataset):
@@ -81,8 +87,11 @@ class BackgroundRemovalPipeline(Pipeline):
 
                 - output_type: `"cutout"` (default), the RGBA image with alpha as its fourth channel; `"mask"`, alpha as
                   an 8-bit grey image; `"composite"`, the RGB image of the foreground on `background`.
-                - background: Colour (any that PIL knows: `"white"`, `"#1a2b3c"`, or an RGB triple) or image (path, URL,
-                  PIL image, or a (3, height, width) tensor in [0, 1]; scaled to cover, centred). It implies `output_type="composite"`.
+                - background: Colour (any that PIL knows: `"white"`, `"#1a2b3c"`, or an RGB triple), image (path, URL,
+                  PIL image, or a (3, height, width) tensor in [0, 1]; scaled to cover, centred), or `"blur"` for the
+                  image's own background out of focus. It implies `output_type="composite"`.
+                - threshold: In [0, 1]. 0 (default) keeps alpha soft; above, alpha of at least this value becomes 1 and
+                  the rest 0.
                 - refine_foreground: Whether the colours of soft edges are estimated without the background's share;
                   default True. Without it the original pixels are kept, which is faster and shows a rim of the old
                   background on a new one. Has no effect on masks.
@@ -115,7 +124,9 @@ class BackgroundRemovalPipeline(Pipeline):
         refine_foreground: bool | None = None,
         size: Size | None = None,
         timeout: float | None = None,
+        threshold: float | None = None,
     ) -> tuple[dict, dict, dict]:
+        _check_threshold(threshold or 0.0)
         if output_type is not None and output_type not in get_args(OutputType):
             raise ValueError(f"output_type={output_type!r} is unknown; choose one of {list(get_args(OutputType))}.")
         if background is not None:
@@ -125,11 +136,11 @@ class BackgroundRemovalPipeline(Pipeline):
                     "`output_type` (it is then 'composite')."
                 )
             output_type = "composite"
-            if not isinstance(background, torch.Tensor):
+            if not isinstance(background, torch.Tensor) and not (isinstance(background, str) and background == "blur"):
                 background = parse_background(background, timeout=timeout)
         output = {"output_type": output_type} if output_type is not None else {}
         preprocess = {**output, "size": size, "timeout": timeout}
-        forward = {**output, "background": background, "refine": refine_foreground}
+        forward = {**output, "background": background, "refine": refine_foreground, "threshold": threshold}
         return (
             {name: value for name, value in preprocess.items() if value is not None},
             {name: value for name, value in forward.items() if value is not None},
@@ -162,11 +173,11 @@ class BackgroundRemovalPipeline(Pipeline):
         self,
         model_inputs: dict[str, list],
         output_type: OutputType = "cutout",
-        background: torch.Tensor | None = None,
+        background: Background | None = None,
         refine: bool = True,
+        threshold: float = 0.0,
     ) -> dict[str, list]:
-        if output_type == "composite" and background is None:
-            raise ValueError("output_type='composite' needs a `background`: a colour or an image.")
+        _check_background(output_type, background)
         samples = model_inputs["samples"]
         is_batch = isinstance(samples[0], list)  # collated: one list per image
         if is_batch:
@@ -184,44 +195,131 @@ class BackgroundRemovalPipeline(Pipeline):
                 [alpha] = self.image_processor.post_process_alpha(
                     BiRefNetImageSegmentationOutput(logits=image_logits[None]), [sample["target_size"]]
                 )
-                pixels = self._render(sample["image"], alpha, output_type, background, refine)
+                pixels = _render(sample["image"], alpha, output_type, background, refine, threshold)
                 results[index] = {"pixels": pixels, "icc_profile": sample["icc_profile"]}
         return {"results": [[result] for result in results] if is_batch else results}
 
-    def _render(
-        self,
-        image: torch.Tensor | None,
-        alpha: torch.Tensor,
-        output_type: OutputType,
-        background: torch.Tensor | None,
-        refine: bool,
-    ) -> torch.Tensor:
-        """The picture asked for, uint8, H×W for a mask, else H×W×channels, still on the device.
-
-        Args:
-            image: H×W×3 uint8; None for masks.
-            alpha: H×W float32 in [0, 1].
-            background: As `parse_background` gives it; for composites.
-        """
-        if output_type == "mask":
-            return to_uint8(alpha)
-        if output_type == "cutout" and not refine:
-            return torch.cat((image, to_uint8(alpha)[:, :, None]), dim=2)
-        colours = image.permute(2, 0, 1).to(torch.float32) / 255  # (3, H, W)
-        if refine:
-            colours = refine_foreground(colours, alpha)
-        if output_type == "composite":
-            pixels = to_uint8(composite(colours, alpha, background))
-        else:
-            pixels = torch.cat((to_uint8(colours), to_uint8(alpha)[None]))
-        return pixels.permute(1, 2, 0).contiguous()
-
     def postprocess(self, model_outputs: dict[str, list[dict[str, Any]]]) -> Image.Image:
         [result] = model_outputs["results"]
-        picture = Image.fromarray(result["pixels"].numpy())
-        if result["icc_profile"] is not None:
-            picture.info["icc_profile"] = result["icc_profile"]
-        return picture
+        return _to_picture(result["pixels"], result["icc_profile"])
+
+
+def render_picture(
+    image: Image.Image,
+    alpha: Image.Image,
+    *,
+    output_type: OutputType | None = None,
+    background: Background | None = None,
+    refine_foreground: bool = True,
+    threshold: float = 0.0,
+    device: str | torch.device = "cpu",
+) -> Image.Image:
+    """What [`BackgroundRemovalPipeline`] makes of an image, from a mask that is there already.
+
+    Args:
+        image: RGB, upright.
+        alpha: Mode "L", of the image's size.
+        output_type, refine_foreground, threshold: As in the pipeline's call.
+        background: As `parse_background` gives it, or "blur". It implies `output_type="composite"`.
+        device: Where to compute.
+
+    Returns:
+        RGBA for a cut-out, RGB for a composite, "L" for a mask.
+
+    Raises:
+        ValueError: the sizes differ, or a composite has no background.
+    """
+    if image.size != alpha.size:
+        raise ValueError(f"The image has {image.size} pixels, its alpha {alpha.size}; they must agree.")
+    _check_threshold(threshold)
+    if output_type is None:
+        output_type = "cutout" if background is None else "composite"
+    _check_background(output_type, background)
+    pixels = torch.from_numpy(np.array(image)).to(device)  # (H, W, 3)
+    matte = torch.from_numpy(np.array(alpha)).to(device, torch.float32) / 255  # (H, W)
+    with torch.inference_mode():
+        rendered = _render(pixels, matte, output_type, background, refine_foreground, threshold)
+    return _to_picture(rendered.cpu(), None if output_type == "mask" else _rgb_profile(image))
+
+
+def _render(
+    image: torch.Tensor | None,
+    alpha: torch.Tensor,
+    output_type: OutputType,
+    background: Background | None,
+    refine: bool,
+    threshold: float,
+) -> torch.Tensor:
+    """The picture asked for, uint8, H×W for a mask, else H×W×channels, still on the device.
+
+    Args:
+        image: H×W×3 uint8; None for masks.
+        alpha: H×W float32 in [0, 1].
+        background: As `parse_background` gives it, or "blur"; for composites.
+        threshold: 0, or where alpha is split into 0 and 1.
+    """
+    if threshold > 0:
+        alpha = (alpha >= threshold).to(alpha.dtype)
+    if output_type == "mask":
+        return to_uint8(alpha)
+    if output_type == "cutout" and not refine:
+        return torch.cat((image, to_uint8(alpha)[:, :, None]), dim=2)
+    colours = original = image.permute(2, 0, 1).to(torch.float32) / 255  # (3, H, W)
+    if refine:
+        colours = refine_foreground(colours, alpha)
+    if output_type == "composite":
+        if isinstance(background, str):
+            background = _blur_background(original, alpha)
+        pixels = to_uint8(composite(colours, alpha, background))
+    else:
+        pixels = torch.cat((to_uint8(colours), to_uint8(alpha)[None]))
+    return pixels.permute(1, 2, 0).contiguous()
+
+
+def _blur_background(image: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """The image's background out of focus. The foreground has no part in it: its colours would glow around it.
+
+    Args:
+        image: (3, H, W), float in [0, 1].
+        alpha: (H, W), float in [0, 1].
+
+    Returns:
+        Shape of `image`.
+    """
+    height, width = image.shape[-2:]
+    # A wide blur of a large image is a narrow one of a small copy, at a fraction of the work.
+    scale = max(1.0, BLUR_SHARE * max(height, width) / MIN_BLUR)
+    rest = 1 - alpha
+    maps = torch.cat((image * rest, rest[None]))[None]  # (1, 4, H, W)
+    size = (max(1, round(height / scale)), max(1, round(width / scale)))
+    maps = F.interpolate(maps, size=size, mode="bilinear", antialias=True)
+    radius = round(3 * MIN_BLUR)
+    offsets = torch.arange(-radius, radius + 1, dtype=maps.dtype, device=maps.device)
+    kernel = torch.exp(-((offsets / MIN_BLUR) ** 2) / 2)
+    kernel = (kernel / kernel.sum()).expand(4, 1, 1, -1)
+    maps = F.pad(maps, (radius,) * 4, mode="replicate")
+    maps = F.conv2d(F.conv2d(maps, kernel, groups=4), kernel.transpose(2, 3), groups=4)
+    maps = F.interpolate(maps, size=(height, width), mode="bilinear")[0]
+    return (maps[:3] / maps[3:].clamp(min=1e-4)).clamp_(0, 1)
+
+
+def _check_background(output_type: OutputType, background: Background | None) -> None:
+    if output_type == "composite" and background is None:
+        raise ValueError("output_type='composite' needs a `background`: a colour, an image or \"blur\".")
+    if isinstance(background, str) and background != "blur":
+        raise ValueError(f'background={background!r} is no tensor and not "blur"; `parse_background` reads it.')
+
+
+def _check_threshold(threshold: float) -> None:
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold} must lie in [0, 1].")
+
+
+def _to_picture(pixels: torch.Tensor, icc_profile: bytes | None) -> Image.Image:
+    picture = Image.fromarray(pixels.numpy())
+    if icc_profile is not None:
+        picture.info["icc_profile"] = icc_profile
+    return picture
 
 
 def _rgb_profile(image: Image.Image) -> bytes | None:
@@ -351,4 +449,4 @@ def _image_processor_of(model: BiRefNetForImageSegmentation, **settings) -> BiRe
     return BiRefNetImageProcessor(**{"size": {"height": height, "width": width}, **settings})
 
 
-__all__ = ["BackgroundRemovalPipeline", "load_pipeline"]
+__all__ = ["BackgroundRemovalPipeline", "load_pipeline", "render_picture"]

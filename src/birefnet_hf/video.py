@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 
-from .foreground import composite, cut_out, refine_foreground, to_tensor, to_uint8
+from .pipeline_birefnet import Background, render_picture
 
 
 if TYPE_CHECKING:
@@ -24,12 +23,9 @@ if TYPE_CHECKING:
 
 VideoFormat = Literal["webm", "mov", "mp4"]
 Progress = Callable[[int, int], None]
-Background = torch.Tensor | Literal["blur"] | None
 
 # Mean change of alpha from which on the next frame counts as another scene, which smoothing must not mix.
 SCENE_CHANGE = 0.15
-# Radius of the blurred background, as a share of the longer side.
-BLUR_SHARE = 0.02
 
 
 @dataclass(frozen=True)
@@ -117,7 +113,7 @@ def cut_out_video(
     target: str | os.PathLike[str],
     pipe: "BackgroundRemovalPipeline",
     *,
-    background: Background = None,
+    background: Background | None = None,
     refine: bool = True,
     mask_only: bool = False,
     smoothing: float = 0.0,
@@ -140,7 +136,7 @@ def cut_out_video(
         smoothing: Share of the frames before in each mask, in [0, 1); 0.5 calms flicker and lags a little. Starts
             anew where the scene changes.
         size: Input size of the network instead of its own.
-        threshold: In [0, 1]; see `apply_threshold`.
+        threshold: In [0, 1]: 0 keeps alpha soft; above, it is split at this value.
         max_seconds, max_pixels: Limits, see `probe_video`; the length is also checked while reading.
         progress: Called with the number of frames done and the estimated number of all (0: unknown) after each. What it
             raises ends the work.
@@ -174,8 +170,16 @@ def cut_out_video(
             if np.abs(alpha - previous).mean() <= SCENE_CHANGE * 255:
                 alpha = smoothing * previous + (1 - smoothing) * alpha
         previous = alpha
-        mask = apply_threshold(Image.fromarray(alpha.round().astype(np.uint8)), threshold)
-        return mask.convert("RGB") if mask_only else render_picture(frame, mask, background, refine)
+        picture = render_picture(
+            frame,
+            Image.fromarray(alpha.round().astype(np.uint8)),
+            output_type="mask" if mask_only else None,
+            background=background,
+            refine_foreground=refine,
+            threshold=threshold,
+            device=getattr(pipe, "device", "cpu"),
+        )
+        return picture.convert("RGB") if mask_only else picture
 
     temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -268,33 +272,4 @@ def _upright(frame: "av.VideoFrame") -> Image.Image:
     return image.crop((0, 0, max(2, image.width // 2 * 2), max(2, image.height // 2 * 2)))
 
 
-def render_picture(image: Image.Image, alpha: Image.Image, background: Background, refine: bool = True) -> Image.Image:
-    """A cut-out, or the foreground on a background.
-
-    Args:
-        image: RGB.
-        alpha: "L", of the image's size.
-        background: As `parse_background` gives it; "blur" for the image itself, blurred; None for a cut-out.
-        refine: Whether to estimate the foreground's colours.
-
-    Returns:
-        RGBA for a cut-out, else RGB.
-    """
-    if background is None:
-        return cut_out(image, alpha, refine=refine)
-    if isinstance(background, str):
-        blurred = image.filter(ImageFilter.GaussianBlur(max(2.0, BLUR_SHARE * max(image.size))))
-        background = to_tensor(blurred)
-    colours, matte = to_tensor(image), to_tensor(alpha)[0]
-    if refine:
-        colours = refine_foreground(colours, matte)
-    pixels = to_uint8(composite(colours, matte, background))  # (3, H, W)
-    return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
-
-
-def apply_threshold(alpha: Image.Image, threshold: float) -> Image.Image:
-    """Alpha of 0 or 255 alone, split at `threshold` in (0, 1]; 0 leaves it soft."""
-    return alpha.point([255 if value >= threshold * 255 else 0 for value in range(256)]) if threshold > 0 else alpha
-
-
-__all__ = ["VideoError", "VideoInfo", "apply_threshold", "cut_out_video", "probe_video", "render_picture"]
+__all__ = ["VideoError", "VideoInfo", "cut_out_video", "probe_video"]
