@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from birefnet_hf.loss_birefnet import (
     BiRefNetLoss,
+    _gaussian_blur,
+    _sum_shifted,
     bce_loss,
     classification_loss,
     contour_loss,
@@ -72,6 +74,15 @@ def random_maps(
     logits = torch.randn(batch_size, 1, height, width, generator=generator) * 2
     labels = (torch.rand(batch_size, 1, height, width, generator=generator) > 0.6).float()
     return logits, labels
+
+
+def test_gradient_of_the_blur_is_autograds():
+    values, weights = torch.randn(2, 2, 1, 17, 14, dtype=torch.float64).unbind()
+    values.requires_grad_()
+    expected = torch.autograd.grad((_sum_shifted(values, 11, 1.5) * weights).sum(), values)[0]
+    gradient = torch.autograd.grad((_gaussian_blur(values) * weights).sum(), values)[0]
+    torch.testing.assert_close(gradient, expected, atol=1e-14, rtol=1e-12)
+    assert torch.autograd.gradgradcheck(_gaussian_blur, values[:1, :, :6, :6].detach().requires_grad_())
 
 
 @pytest.fixture(scope="module", params=BACKBONES)

@@ -217,13 +217,14 @@ def generated_background(rng: np.random.Generator, size: tuple[int, int]) -> Ima
 
 
 def photo_background(rng: np.random.Generator, size: tuple[int, int], photo: Image.Image) -> Image.Image:
-    """A random part of a photograph with the canvas' shape, at least half of what fits, often mirrored."""
+    """A random part of a photograph with the canvas' shape, at least half of what fits; often mirrored, recoloured."""
     scale = rng.uniform(0.5, 1.0) * min(photo.width / size[1], photo.height / size[0])
     width, height = size[1] * scale, size[0] * scale
     left, top = rng.uniform(0, photo.width - width), rng.uniform(0, photo.height - height)
     box = (left, top, left + width, top + height)
     image = photo.resize(size[::-1], Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
+    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else image
+    return _colour_shift(rng, image) if rng.random() < 0.5 else image
 
 
 @functools.lru_cache(maxsize=32)
@@ -360,8 +361,14 @@ def thin_structure(rng: np.random.Generator, side: int) -> Image.Image:
     return image
 
 
-def vary_object(rng: np.random.Generator, cutout: Image.Image, side: int) -> Image.Image:
-    """An RGBA cut-out resized to about `side` pixels, then mirrored, stretched, turned, recoloured, lit, perhaps blurred."""
+def vary_object(
+    rng: np.random.Generator, cutout: Image.Image, side: int, photo: Image.Image | None = None
+) -> Image.Image:
+    """An RGBA cut-out resized to about `side` pixels, then mirrored, stretched, turned, recoloured, lit, perhaps blurred.
+
+    Half of them get a surface, a part of `photo` where there is one: cut-outs that are flat drawings would teach that
+    what has texture is background.
+    """
     box = cutout.getchannel("A").getbbox()
     if box is None:
         raise ValueError("A cut-out is fully transparent: it has no foreground to compose.")
@@ -377,9 +384,13 @@ def vary_object(rng: np.random.Generator, cutout: Image.Image, side: int) -> Ima
     colour = cutout.convert("RGB")
     if rng.random() < 0.8:
         colour = _colour_shift(rng, colour)
-    if rng.random() < 0.25:  # a surface, where the cut-out may be a flat drawing
-        texture = background_texture(rng, (colour.height, colour.width))
-        colour = Image.blend(colour, texture, rng.uniform(0.1, 0.4))
+    if rng.random() < 0.5:
+        shape = (colour.height, colour.width)
+        if photo is not None and rng.random() < 0.7:
+            surface = photo_background(rng, shape, photo)
+        else:
+            surface = (background_texture if rng.random() < 0.6 else background_noise)(rng, shape)
+        colour = Image.blend(colour, surface, rng.uniform(0.15, 0.85))
     if rng.random() < 0.7:
         colour = _lighting(rng, colour, 0.45)
     colour.putalpha(cutout.getchannel("A"))
@@ -456,6 +467,8 @@ class Compositor:
         thin_probability: chance of each foreground object to be a drawn thin structure instead of a cut-out.
         shadow_probability: chance of each foreground object to cast a shadow. A shadow is not foreground.
 
+    The photographs serve as the surface of many objects, too.
+
     Raises:
         ValueError: the folder of backgrounds has no images.
     """
@@ -501,7 +514,7 @@ class Compositor:
                 item = thin_structure(rng, side)
             else:
                 item = cutouts[index if number == 0 else rng.integers(0, len(cutouts))]
-            item = vary_object(rng, item, side)
+            item = vary_object(rng, item, side, self._photo(rng))
             # The centre stays well inside, so that something is always seen; the rest may be cut off by the frame.
             centre = rng.uniform(0.3, 0.7, 2) if number == 0 else rng.uniform(0.1, 0.9, 2)
             corner = (
@@ -524,20 +537,25 @@ class Compositor:
         height, width = (-(-length // 2) for length in self.size) if out_of_focus else self.size
         shorter = min(height, width)
         if self.photos and rng.random() < self.photo_probability:
-            photo = _open_photo(self.photos[rng.integers(0, len(self.photos))], 2 * max(self.size))
-            image = photo_background(rng, (height, width), photo)
+            image = photo_background(rng, (height, width), self._photo(rng))
         else:
             image = generated_background(rng, (height, width))
         for _ in range(self._count(rng, 0, self.max_distractors)):
             # A background object has to be told from a foreground object by something: size or focus.
             side = round(shorter * (rng.uniform(0.1, 0.5) if out_of_focus else rng.uniform(0.05, 0.15)))
-            item = vary_object(rng, cutouts[rng.integers(0, len(cutouts))], max(1, side))
+            item = vary_object(rng, cutouts[rng.integers(0, len(cutouts))], max(1, side), self._photo(rng))
             centre = rng.uniform(0, 1, 2)
             image.paste(item, (round(centre[1] * width - side / 2), round(centre[0] * height - side / 2)), mask=item)
         if out_of_focus:
             image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.006, 0.02) * shorter))
             image = image.resize(self.size[::-1], Image.Resampling.BILINEAR)
         return image
+
+    def _photo(self, rng: np.random.Generator) -> Image.Image | None:
+        """One of the photographs, no larger than needed; None where there are none."""
+        if not self.photos:
+            return None
+        return _open_photo(self.photos[rng.integers(0, len(self.photos))], 2 * max(self.size))
 
     @staticmethod
     def _count(rng: np.random.Generator, lowest: int, highest: int) -> int:
