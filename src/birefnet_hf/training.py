@@ -319,7 +319,7 @@ def load_timm_weights(
     try:
         import timm
     except ImportError as error:
-        raise ImportError("Pretrained backbones come from timm: pip install birefnet-hf[timm]") from error
+        raise ImportError("Pretrained backbones come from timm: pip install timm") from error
     backbone = model.config.backbone
     name = (_TIMM_SWIN_NAMES | TIMM_NAMES).get(backbone)
     if name is None:
