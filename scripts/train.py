@@ -474,8 +474,11 @@ def set_up(arguments: argparse.Namespace, accelerator: Accelerator) -> Run:
         TrainingError: about a checkpoint to resume from.
     """
     set_seed(arguments.seed)
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED) and arguments.ema_decay:
-        raise ValueError("FSDP and DeepSpeed shard the weights, which cannot be averaged then: pass --ema-decay 0.")
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if arguments.ema_decay:
+            raise ValueError("FSDP and DeepSpeed shard the weights, which cannot be averaged then: pass --ema-decay 0.")
+        if arguments.lora_rank:
+            raise ValueError("Adapters are too small for sharding to save memory: train them without FSDP or DeepSpeed.")
     if arguments.push_to_hub and accelerator.is_main_process:
         HfApi().create_repo(arguments.push_to_hub, exist_ok=True)  # a missing login is noticed now
     model, processor = load_model(arguments)
@@ -710,7 +713,8 @@ def train_batch(
         group["lr"] = group["initial_lr"] * factor
     norm = None
     with accelerator.accumulate(run.model):
-        outputs = run.model(**batch)
+        with accelerator.autocast():  # which a model that FSDP has sharded does not bring along
+            outputs = run.model(**batch)
         accelerator.backward(outputs.loss)
         if accelerator.sync_gradients and arguments.max_grad_norm:
             norm = accelerator.clip_grad_norm_(run.model.parameters(), arguments.max_grad_norm)
@@ -907,12 +911,17 @@ def make_accelerator(arguments: argparse.Namespace) -> Accelerator:
         trackers = [name for name in TRACKERS[:1] if importlib.util.find_spec(name)]
     if missing := [name for name in trackers if importlib.util.find_spec(name) is None]:
         raise ValueError(f"Not installed: pip install {' '.join(missing)}, or choose other --trackers.")
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.gradient_accumulation,
         log_with=trackers or None,
         project_config=ProjectConfiguration(str(arguments.output_dir), logging_dir=str(arguments.output_dir / "logs")),
     )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        # It would cast all weights, and BatchNorm cannot have those of half precision beside its float32 statistics.
+        # Autocast does what is wanted, as on one device.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    return accelerator
 
 
 def main(argv: Sequence[str] | None = None) -> int:
