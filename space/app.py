@@ -6,6 +6,7 @@ A thin client of `birefnet_hf`. Environment variables, all optional:
 - BIREFNET_MODELS: the models to choose from, separated by commas; default: all known ones.
 - BIREFNET_CACHED_MODELS: how many stay in memory, default 2.
 - BIREFNET_MAX_PIXELS, BIREFNET_MAX_FILE_MB, BIREFNET_MAX_FILES, BIREFNET_MAX_SECONDS: limits for photos and videos.
+- BIREFNET_KEEP_SECONDS: after which time uploads and results are deleted, default 3600.
 - BIREFNET_MCP=1: serve the endpoints as tools of the Model Context Protocol, too (needs gradio[mcp]).
 """
 
@@ -14,33 +15,43 @@ import gc
 import logging
 import os
 import shutil
+import signal
+import sys
 import tempfile
 import threading
 import time
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
-import torch
-from PIL import Image
 
-from birefnet_hf import BackgroundRemovalPipeline, load_pipeline
-from birefnet_hf.checkpoints_birefnet import CHECKPOINTS
-from birefnet_hf.foreground import parse_background
-from birefnet_hf.image_loading import load_image, save_image
-from birefnet_hf.video import VideoError, apply_threshold, cut_out_video, render_picture
-
+# Everything that visitors send and get lies in one folder that only this process's user may read, and that is removed
+# at the end. Gradio reads the variable when components are made.
+WORK = Path(tempfile.mkdtemp(prefix="birefnet-space-"))
+os.environ["GRADIO_TEMP_DIR"] = str(WORK)
+atexit.register(shutil.rmtree, WORK, ignore_errors=True)
 
 try:
-    from spaces import GPU
+    from spaces import GPU  # before torch, which it prepares
 except ImportError:  # not on ZeroGPU
 
     def GPU(function: Callable | None = None, **_: Any) -> Callable:
         return function if function is not None else lambda decorated: decorated
+
+
+import gradio as gr  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image, ImageColor  # noqa: E402
+
+from birefnet_hf import BackgroundRemovalPipeline, load_pipeline  # noqa: E402
+from birefnet_hf.checkpoints_birefnet import CHECKPOINTS, Checkpoint, get_checkpoint  # noqa: E402
+from birefnet_hf.foreground import parse_background  # noqa: E402
+from birefnet_hf.image_loading import load_image, save_image  # noqa: E402
+from birefnet_hf.pipeline_birefnet import render_picture  # noqa: E402
+from birefnet_hf.video import VideoError, cut_out_video, probe_video  # noqa: E402
 
 
 logger = logging.getLogger(__name__)
@@ -53,19 +64,21 @@ MAX_FILES = int(os.environ.get("BIREFNET_MAX_FILES", 50))
 MAX_SECONDS = float(os.environ.get("BIREFNET_MAX_SECONDS", 60))
 MAX_FRAME_PIXELS = 4096 * 2304
 URL_TIMEOUT = 20.0
-KEEP_SECONDS = 3600
+KEEP_SECONDS = int(os.environ.get("BIREFNET_KEEP_SECONDS", 3600))
+MAX_WAITING = 32
 
 OWN_SIZE = "Model's own"
-SIZES = [OWN_SIZE, "512", "1024", "1536", "2048"]
+PHOTO_SIZE = "As the photo, up to 2304"
+SIZES = [OWN_SIZE, "512", "1024", "1536", "2048", PHOTO_SIZE]
 BACKGROUNDS = ["Transparent", "Colour", "Image", "Blur"]
 VIDEO_FORMATS = {
     "WebM, transparent": ".webm",
     "ProRes 4444, transparent": ".mov",
     "MP4, on a background": ".mp4",
 }
+# What browsers show as it is, turned as its EXIF data say.
+SHOWN_BY_BROWSERS = {".png", ".jpg", ".jpeg", ".webp"}
 EXAMPLES = Path(__file__).parent / "examples"
-WORK = Path(tempfile.mkdtemp(prefix="birefnet-space-"))
-atexit.register(shutil.rmtree, WORK, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,7 @@ class Options:
     """What the controls say."""
 
     model: str
-    size: int | None
+    size: int | dict[str, int] | None
     refine: bool
     background: Any
     mask_only: bool
@@ -89,23 +102,34 @@ class ModelCache:
         self.lock = threading.Lock()
         self.pipelines: OrderedDict[str, BackgroundRemovalPipeline] = OrderedDict()
 
-    def get(self, name: str) -> tuple[BackgroundRemovalPipeline, str]:
-        """The pipeline of that model and a notice: empty, or that another model stands in for it."""
-        try:
-            return self._get(name), ""
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            logger.warning("Cannot load %s: %s", name, error)
-            if name == FALLBACK_MODEL:
-                raise gr.Error(f"The model {name} cannot be loaded.") from error
-        try:
-            pipe = self._get(FALLBACK_MODEL)
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            logger.warning("Cannot load %s: %s", FALLBACK_MODEL, error)
-            raise gr.Error(f"Neither {name} nor the small model {FALLBACK_MODEL} can be loaded.") from error
-        notice = f"{name} cannot be fetched now; the small model {FALLBACK_MODEL} was used instead. Edges are coarser."
-        return pipe, notice
+    def __contains__(self, name: str) -> bool:
+        return name in self.pipelines
 
-    def _get(self, name: str) -> BackgroundRemovalPipeline:
+    def prepare(self, name: str) -> tuple[str, str]:
+        """Loads a model.
+
+        Returns:
+            The name of the model that is there now, and a notice: empty, or that this one stands in for another.
+
+        Raises:
+            gr.Error: the fallback cannot be loaded either.
+        """
+        for candidate in dict.fromkeys([name, FALLBACK_MODEL]):
+            try:
+                self.get(candidate)
+            except (OSError, ValueError, RuntimeError, ImportError) as error:
+                logger.warning("Cannot load %s: %s", candidate, error)
+                continue
+            if candidate == name:
+                return name, ""
+            return candidate, (
+                f"**{name}** cannot be loaded now, so the small built-in model **{candidate}** was used: "
+                "edges are coarser. Try again later, or choose another model."
+            )
+        raise gr.Error(f"Neither {name} nor the small model {FALLBACK_MODEL} can be loaded.")
+
+    def get(self, name: str) -> BackgroundRemovalPipeline:
+        """The model of that name, loaded if need be."""
         with self.lock:
             if name not in self.pipelines:
                 while len(self.pipelines) >= self.capacity:
@@ -132,22 +156,36 @@ class Photo(gr.Image):
 
 def model_choices() -> list[tuple[str, str]]:
     """Label and name of every model on offer, the default first."""
-    labels = {FALLBACK_MODEL: "nano · small and quick, works offline"}
-    for item in CHECKPOINTS:
-        if item.alias:
-            licence = "" if item.licence == "MIT" else f" ({item.licence})"
-            labels.setdefault(item.alias, f"{item.alias} · {item.purpose}{licence}")
+    labels = {FALLBACK_MODEL: "nano · small and quick, for trying out, works offline"}
+    labels |= {item.alias: _describe(item) for item in CHECKPOINTS if item.alias}
     listed = [name.strip() for name in os.environ.get("BIREFNET_MODELS", "").split(",") if name.strip()]
     names = dict.fromkeys([DEFAULT_MODEL, *(listed or labels)])
     return [(labels.get(name, Path(name).name), name) for name in names]
 
 
+def _describe(item: Checkpoint) -> str:
+    """For example "lite · general purpose, smaller and faster, 1024 pixels"."""
+    parts = ["general purpose" if item.purpose == "general" else item.purpose]
+    if item.backbone == "swin_v1_t":
+        parts.append("smaller and faster")
+    if item.size is None:
+        parts.append("at the photo's own size")
+    else:
+        height, width = item.size
+        parts.append(f"{width} pixels" if width == height else f"{width} × {height} pixels")
+    if item.licence != "MIT":
+        parts.append(f"licence {item.licence}")
+    return f"{item.alias} · {', '.join(parts)}"
+
+
 def request_folder() -> Path:
-    """A folder of this request's own; those of an hour ago are removed."""
-    for folder in WORK.iterdir():
+    """A folder for the results of one request; those of past ones are removed when their time is over."""
+    results = WORK / "results"
+    results.mkdir(exist_ok=True)
+    for folder in results.iterdir():
         if time.time() - folder.stat().st_mtime > KEEP_SECONDS:
             shutil.rmtree(folder, ignore_errors=True)
-    return Path(tempfile.mkdtemp(dir=WORK))
+    return Path(tempfile.mkdtemp(dir=results))
 
 
 def read_options(
@@ -165,60 +203,94 @@ def read_options(
         raise gr.Error(f"The model {model} is not on offer here.")
     if size not in SIZES or background not in BACKGROUNDS:
         raise gr.Error(f"The input size is one of {SIZES}, the background one of {BACKGROUNDS}.")
+    if not 0 <= threshold <= 1:
+        raise gr.Error("The threshold lies between 0 and 1.")
+    backdrop: Any = None
+    if background == "Blur":
+        backdrop = "blur"
+    elif background == "Colour":
+        backdrop = parse_background(read_colour(colour))
+    elif background == "Image":
+        if not background_image:
+            raise gr.Error("Choose a background image, or another background.")
+        # As a picture and not by its name: what a program sends is never taken for a colour or an address.
+        backdrop = parse_background(read_photo(background_image))
+    if size == OWN_SIZE:
+        side = None
+    else:
+        side = get_checkpoint("dynamic").processor_size if size == PHOTO_SIZE else int(size)
+    return Options(model, side, refine, backdrop, mask_only, threshold)
+
+
+def read_colour(text: str) -> tuple[int, int, int]:
+    """Red, green and blue of what the colour picker says: "#1a2b3c", or "rgba(12.3, 45.6, 78.9, 1)" after a click."""
     try:
-        if background == "Colour":
-            backdrop = parse_background(_hex(colour))
-        elif background == "Image":
-            if not background_image:
-                raise gr.Error("Choose a background image, or another background.")
-            # Read here and not by its name: what a program sends is never taken for a colour or an address.
-            backdrop = parse_background(load_image(background_image, max_pixels=MAX_PIXELS))
+        if text.startswith("rgba("):
+            red, green, blue = (min(255, round(float(part))) for part in text[5:-1].split(",")[:3])
         else:
-            backdrop = "blur" if background == "Blur" else None
+            red, green, blue = ImageColor.getrgb(text)[:3]
     except ValueError as error:
-        raise gr.Error(f"Background: {_message(error)}") from error
-    number = None if size == OWN_SIZE else int(size)
-    return Options(model, number, refine, backdrop, mask_only, threshold)
+        raise gr.Error(f"{text} is no colour; #1a2b3c is.") from error
+    return red, green, blue
 
 
-def _hex(colour: str) -> str | tuple[int, int, int]:
-    """The colour picker says "rgba(12.3, 45.6, 78.9, 1)" after a click into it; PIL wants whole numbers."""
-    if colour.startswith("rgba("):
-        red, green, blue = (min(255, round(float(part))) for part in colour[5:-1].split(",")[:3])
-        return (red, green, blue)
-    if os.path.exists(colour):
-        raise ValueError(f"{colour} is no colour.")
-    return colour
+def check_file_size(path: str) -> None:
+    if os.path.getsize(path) > MAX_FILE_MB * 2**20:
+        raise gr.Error(f"{Path(path).name} is larger than the {MAX_FILE_MB} MB allowed.")
 
 
-def _message(error: Exception) -> str:
-    """An error's text without the folders of this machine."""
-    text = str(error)
-    for folder in (str(WORK), os.environ.get("GRADIO_TEMP_DIR", ""), tempfile.gettempdir()):
-        if folder and folder in text:
-            words = [Path(word).name if word.startswith(folder) else word for word in text.split(" ")]
-            text = " ".join(words)
-    return text
+def read_photo(source: str) -> Image.Image:
+    """The photo of a path or URL within the limits; gr.Error says why not."""
+    if not _is_url(source):
+        check_file_size(source)
+    try:
+        return load_image(source, timeout=URL_TIMEOUT, max_bytes=MAX_FILE_MB * 2**20, max_pixels=MAX_PIXELS)
+    except ValueError as error:
+        # A visitor knows their file by its name, not by the folder it lies in here.
+        raise gr.Error(str(error) if _is_url(source) else str(error).replace(source, Path(source).name)) from error
+
+
+def _is_url(source: str) -> bool:
+    return source.startswith(("http://", "https://"))
+
+
+def prepare_model(name: str, progress: gr.Progress) -> tuple[str, str]:
+    """Loads the model, with a message in the page if that takes time. Outside GPU functions: ZeroGPU runs those in
+    other processes, and what they load is lost.
+
+    Returns:
+        As `ModelCache.prepare`.
+    """
+    if name not in MODELS:
+        progress(0, desc=f"Loading the model {name}, the first time it is downloaded")
+    name, notice = MODELS.prepare(name)
+    if notice:
+        gr.Warning(notice)
+    return name, notice
 
 
 @GPU
-def process(source: str, options: Options) -> tuple[Image.Image, Image.Image, Image.Image, str]:
-    """One photo, path or URL: the photo, its result, its mask and a notice about the model."""
-    if not source.startswith(("http://", "https://")):
-        if os.path.getsize(source) > MAX_FILE_MB * 2**20:
-            raise ValueError(f"{Path(source).name} is larger than the {MAX_FILE_MB} MB allowed.")
-    image = load_image(source, timeout=URL_TIMEOUT, max_pixels=MAX_PIXELS)
-    pipe, notice = MODELS.get(options.model)
+def compute(photo: Image.Image, options: Options) -> tuple[Image.Image, Image.Image]:
+    """The result for one photo and its mask. Raises nothing but gr.Error for the visitor: ZeroGPU hides other texts."""
+    pipe = MODELS.get(options.model)
     resize = {} if options.size is None else {"size": options.size}
     try:
-        mask = apply_threshold(pipe(image, output_type="mask", **resize), options.threshold)
+        mask = pipe(photo, output_type="mask", threshold=options.threshold, **resize)
+        if options.mask_only:
+            return mask, mask
+        result = render_picture(
+            photo,
+            mask,
+            background=options.background,
+            refine_foreground=options.refine,
+            device=pipe.device,
+        )
     except (MemoryError, RuntimeError) as error:
         # PyTorch's allocators raise RuntimeErrors of their own for each device; any other error is a fault to be seen.
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        raise ValueError("There is not enough memory at this input size: choose a smaller one.") from error
-    result = mask if options.mask_only else render_picture(image, mask, options.background, options.refine)
-    return image, result, mask, notice
+        raise gr.Error("There is not enough memory at this input size: choose a smaller one.") from error
+    return result, mask
 
 
 def cut_out_image(
@@ -232,7 +304,8 @@ def cut_out_image(
     background_image: str | None = None,
     mask_only: bool = False,
     threshold: float = 0.0,
-) -> tuple[tuple[Image.Image, Image.Image], str, Image.Image, str]:
+    progress: gr.Progress = gr.Progress(),  # noqa: B008 Gradio finds it by this default
+) -> tuple[tuple[str, str], str, str, str]:
     """Removes or replaces the background of a photo.
 
     Args:
@@ -253,19 +326,23 @@ def cut_out_image(
     source = image or (url or "").strip()
     if not source:
         raise gr.Error("Choose a photo first, or paste its address.")
-    if not image and not source.startswith(("http://", "https://")):
+    if not image and not _is_url(source):
         raise gr.Error("An address starts with http:// or https://.")
     options = read_options(model, size, refine, background, colour, background_image, mask_only, threshold)
-    try:
-        photo, result, mask, notice = process(source, options)
-    except ValueError as error:
-        raise gr.Error(_message(error)) from error
+    photo = read_photo(source)
+    name, notice = prepare_model(options.model, progress)
+    progress(None)
+    result, mask = compute(photo, replace(options, model=name))
+    folder = request_folder()
     stem = Path(image).stem if image else "photo"
-    target = request_folder() / f"{stem}_cutout.png"
+    target, alpha = folder / f"{stem}_cutout.png", folder / f"{stem}_mask.png"
     save_image(result, target)
-    if notice:
-        gr.Warning(notice)
-    return (photo, result), str(target), mask, notice
+    save_image(mask, alpha)
+    before = Path(image) if image else folder / "photo.png"
+    if before.suffix.lower() not in SHOWN_BY_BROWSERS or not image:
+        before = folder / f"{stem}.png"
+        save_image(photo, before)
+    return (str(before), str(target)), str(target), str(alpha), notice
 
 
 def cut_out_batch(
@@ -301,19 +378,21 @@ def cut_out_batch(
     if len(files) > MAX_FILES:
         raise gr.Error(f"{len(files)} files are more than the {MAX_FILES} allowed at a time.")
     options = read_options(model, size, refine, background, colour, background_image, mask_only, threshold)
+    name, notice = prepare_model(options.model, progress)
+    options = replace(options, model=name)
     folder = request_folder()
-    results, failures, notice = [], [], ""
-    names = _unique_names(files)
-    for index, (file, name) in enumerate(zip(files, names, strict=True)):
-        progress((index, len(files)), desc=Path(file).name)
+    results, failures = [], []
+    for index, (file, target) in enumerate(zip(files, _unique_names(files), strict=True)):
+        progress((index, len(files)), desc=Path(file).name, unit="photos")
         try:
-            _, result, _, notice = process(file, options)
-            save_image(result, folder / name)
-            results.append((str(folder / name), name))
-        except ValueError as error:
-            failures.append(f"- **{Path(file).name}**: {_message(error)}")
-    archive = _zip(folder, [name for _, name in results]) if results else None
-    report = "\n".join([f"{len(results)} done, {len(failures)} failed.", *failures, notice]).strip()
+            result, _ = compute(read_photo(file), options)
+        except gr.Error as error:
+            failures.append(f"- **{Path(file).name}**: {error.message}")
+            continue
+        save_image(result, folder / target)
+        results.append((str(folder / target), target))
+    archive = _zip(folder, [target for _, target in results]) if results else None
+    report = "\n".join([f"{len(results)} done, {len(failures)} failed.", *failures, "", notice]).strip()
     return results, archive, report
 
 
@@ -337,7 +416,33 @@ def _zip(folder: Path, names: list[str]) -> str:
     return str(archive)
 
 
-@GPU(duration=120)
+def clip_seconds(video: str, *_: Any) -> int:
+    """For how long ZeroGPU is asked for its GPU, from what `compute_clip` is called with."""
+    return min(300, 30 + probe_video(video).num_frames // 8)
+
+
+@GPU(duration=clip_seconds)
+def compute_clip(video: str, target: str, options: Options, smoothing: float, progress: gr.Progress) -> None:
+    """Writes the result for one video. Like `compute`, it raises gr.Error alone."""
+    try:
+        cut_out_video(
+            video,
+            target,
+            MODELS.get(options.model),
+            background=options.background,
+            refine=options.refine,
+            mask_only=options.mask_only,
+            smoothing=smoothing,
+            size=options.size,
+            threshold=options.threshold,
+            max_seconds=MAX_SECONDS,
+            max_pixels=MAX_FRAME_PIXELS,
+            progress=lambda done, total: progress((done, total or None), unit="frames"),
+        )
+    except (VideoError, ValueError) as error:
+        raise gr.Error(str(error)) from error
+
+
 def cut_out_clip(
     video: str | None,
     video_format: str = "WebM, transparent",
@@ -378,37 +483,34 @@ def cut_out_clip(
     suffix = VIDEO_FORMATS[video_format]
     if suffix == ".mp4" and options.background is None and not mask_only:
         raise gr.Error("MP4 has no transparency: choose a background under Options, or WebM.")
-    if os.path.getsize(video) > MAX_FILE_MB * 2**20:
-        raise gr.Error(f"The video is larger than the {MAX_FILE_MB} MB allowed.")
-    progress(0, desc=f"Loading {model}")
-    pipe, notice = MODELS.get(options.model)
-    target = request_folder() / f"{Path(video).stem}_cutout{suffix}"
+    check_file_size(video)
     try:
-        cut_out_video(
-            video,
-            target,
-            pipe,
-            background=options.background,
-            refine=refine,
-            mask_only=mask_only,
-            smoothing=smoothing,
-            size=options.size,
-            threshold=threshold,
-            max_seconds=MAX_SECONDS,
-            max_pixels=MAX_FRAME_PIXELS,
-            progress=lambda done, total: progress((done, total or None), unit="frames"),
-        )
-    except (VideoError, ValueError) as error:
-        raise gr.Error(_message(error)) from error
-    if notice:
-        gr.Warning(notice)
+        probe_video(video, max_seconds=MAX_SECONDS, max_pixels=MAX_FRAME_PIXELS)
+    except VideoError as error:
+        raise gr.Error(str(error)) from error
+    name, notice = prepare_model(options.model, progress)
+    target = request_folder() / f"{Path(video).stem}_cutout{suffix}"
+    compute_clip(video, str(target), replace(options, model=name), smoothing, progress)
     return (None if suffix == ".mov" else str(target)), str(target), notice
 
 
 CSS = """
-.gradio-container { max-width: 1100px !important; margin: 0 auto !important; }
-.checkered img, .checkered video { background: repeating-conic-gradient(#bbb8 0% 25%, #fff8 0% 50%) 0 0 / 20px 20px; }
+.gradio-container { width: 100% !important; max-width: 1100px !important; margin: 0 auto !important; }
+.result-file:has(.empty) { display: none; }
+.checkered { --light: #ffffff; --shade: #d4d4d8; }
+.dark .checkered { --light: #52525b; --shade: #3f3f46; }
+.checkered img, .checkered video {
+    background: repeating-conic-gradient(var(--shade) 0% 25%, var(--light) 0% 50%) 0 0 / 20px 20px !important;
+}
 """
+# What came of a click is in sight, also on a phone, where it lies below the controls.
+SHOW_RESULT = """(...inputs) => {{
+    document.getElementById("{}").scrollIntoView({{behavior: "smooth", block: "nearest"}});
+    return inputs;
+}}"""
+# Fonts of the visitor's own machine: nothing is fetched from elsewhere, and all letters come from one font.
+FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+THEME = gr.themes.Default(primary_hue="indigo", font=FONTS, font_mono=["ui-monospace", "monospace"])
 
 
 def option_controls() -> list[gr.components.Component]:
@@ -420,7 +522,7 @@ def option_controls() -> list[gr.components.Component]:
         picture = Photo(type="filepath", format="png", label="Background image", visible=False, height=160)
         refine = gr.Checkbox(True, label="Refine foreground", info="Takes the old background out of soft edges.")
         mask_only = gr.Checkbox(False, label="Mask only")
-        size = gr.Dropdown(SIZES, value=OWN_SIZE, label="Input size")
+        size = gr.Dropdown(SIZES, value=OWN_SIZE, label="Input size", info="In pixels; larger sees finer detail.")
         threshold = gr.Slider(0, 1, 0, step=0.05, label="Threshold", info="0 keeps edges soft.")
     background.change(
         lambda kind: (gr.update(visible=kind == "Colour"), gr.update(visible=kind == "Image")),
@@ -435,79 +537,113 @@ def option_controls() -> list[gr.components.Component]:
 def image_tab() -> None:
     with gr.Row():
         with gr.Column():
-            photo = Photo(type="filepath", format="png", label="Photo", sources=["upload", "clipboard"], height=320)
-            url = gr.Textbox("", label="or its address", placeholder="https://…", max_lines=1)
+            photo = Photo(
+                type="filepath",
+                format="png",
+                label="Photo",
+                placeholder="# Drop a photo here\nor click to choose one, or paste one",
+                sources=["upload", "clipboard"],
+                height=320,
+                elem_id="photo",
+            )
+            samples = sorted(str(path) for path in EXAMPLES.glob("*.png"))
+            examples = gr.Examples(samples, photo, label="or try one of these")
+            url = gr.Textbox(
+                "", label="or its address on the web", placeholder="https://…", max_lines=1, elem_id="url"
+            )
             start = gr.Button("Remove background", variant="primary", elem_id="start-image")
             controls = option_controls()
         with gr.Column():
             slider = gr.ImageSlider(
-                type="pil", format="png", label="Before and after", elem_classes="checkered", height=420
+                type="filepath", format="png", label="Before and after", elem_classes="checkered", elem_id="slider"
             )
-            download = gr.File(label="Download PNG", elem_id="image-file")
-            notice = gr.Markdown()
+            notice = gr.Markdown(elem_id="image-notice")
+            download = gr.File(label="Download PNG", elem_id="image-file", elem_classes="result-file")
             with gr.Accordion("Mask", open=False):
-                mask = gr.Image(type="pil", format="png", label="Alpha", image_mode="L")
-    outputs = [slider, download, mask, notice]
-    start.click(
+                mask = gr.Image(type="filepath", format="png", label="Alpha", image_mode="L", elem_id="mask")
+    inputs, outputs = [photo, url, *controls], [slider, download, mask, notice]
+    shared = {
+        "concurrency_limit": 1,
+        "concurrency_id": "model",
+        "show_progress_on": slider,
+        "js": SHOW_RESULT.format("slider"),
+    }
+    gr.on(
+        [start.click, photo.upload, url.submit],
         cut_out_image,
-        [photo, url, *controls],
+        inputs,
         outputs,
         api_name="cut_out",
-        concurrency_limit=1,
-        concurrency_id="model",
+        trigger_mode="always_last",  # another photo while one is in work is not lost
+        **shared,
     )
-    samples = sorted(str(path) for path in EXAMPLES.glob("*.png"))
-    if samples:
-        gr.Examples(
-            samples, photo, outputs, cut_out_image, run_on_click=True, cache_examples=False, api_visibility="private"
-        )
+    examples.load_input_event.then(cut_out_image, inputs, outputs, api_visibility="private", **shared)
+    # A photo and an address never stand there together, or it would not be clear which one is meant.
+    url.input(None, None, photo, js="() => null", api_visibility="private")
+    for event in (photo.upload, examples.load_input_event.then):
+        event(None, None, url, js="() => ''", api_visibility="private")
 
 
 def batch_tab() -> None:
     with gr.Row():
         with gr.Column():
-            files = gr.File(file_count="multiple", type="filepath", label="Photos", elem_id="batch-input")
+            files = gr.File(file_count="multiple", type="filepath", label="Photos", elem_id="batch-input", height=200)
+            samples = sorted(str(path) for path in EXAMPLES.glob("*.png"))
+            examples = gr.Examples([[samples]], files, label="or try these")
             start = gr.Button("Remove backgrounds", variant="primary", elem_id="start-batch")
             controls = option_controls()
         with gr.Column():
-            gallery = gr.Gallery(label="Results", format="png", elem_classes="checkered", columns=3)
-            archive = gr.File(label="Download ZIP", elem_id="batch-file")
+            gallery = gr.Gallery(
+                label="Results",
+                format="png",
+                columns=2,
+                object_fit="contain",
+                elem_classes="checkered",
+                elem_id="gallery",
+            )
             report = gr.Markdown(elem_id="batch-report")
-    start.click(
-        cut_out_batch,
-        [files, *controls],
-        [gallery, archive, report],
-        api_name="cut_out_batch",
-        concurrency_limit=1,
-        concurrency_id="model",
-    )
+            archive = gr.File(label="Download ZIP", elem_id="batch-file", elem_classes="result-file")
+    inputs, outputs = [files, *controls], [gallery, archive, report]
+    shared = {
+        "concurrency_limit": 1,
+        "concurrency_id": "model",
+        "show_progress_on": gallery,
+        "js": SHOW_RESULT.format("gallery"),
+    }
+    start.click(cut_out_batch, inputs, outputs, api_name="cut_out_batch", **shared)
+    examples.load_input_event.then(cut_out_batch, inputs, outputs, api_visibility="private", **shared)
 
 
 def video_tab() -> None:
     with gr.Row():
         with gr.Column():
-            video = gr.Video(label=f"Video, up to {MAX_SECONDS:g} seconds", sources=["upload"], height=320)
+            video = gr.Video(
+                label=f"Video, up to {MAX_SECONDS:g} seconds", sources=["upload"], height=320, elem_id="video"
+            )
+            samples = sorted(str(path) for path in EXAMPLES.glob("*.mp4"))
+            examples = gr.Examples(samples, video, label="or try this one")
             video_format = gr.Dropdown(list(VIDEO_FORMATS), value="WebM, transparent", label="Result")
             start = gr.Button("Remove background", variant="primary", elem_id="start-video")
             smoothing = gr.Slider(0, 0.9, 0, step=0.1, label="Smoothing over time", info="Calms flicker.")
             controls = option_controls()
         with gr.Column():
-            result = gr.Video(label="Result", elem_classes="checkered", interactive=False)
-            download = gr.File(label="Download", elem_id="video-file")
-            notice = gr.Markdown()
-    start.click(
-        cut_out_clip,
-        [video, video_format, smoothing, *controls],
-        [result, download, notice],
-        api_name="cut_out_video",
-        concurrency_limit=1,
-        concurrency_id="model",
-    )
+            result = gr.Video(label="Result", elem_classes="checkered", interactive=False, elem_id="video-result")
+            notice = gr.Markdown(elem_id="video-notice")
+            download = gr.File(label="Download", elem_id="video-file", elem_classes="result-file")
+    inputs, outputs = [video, video_format, smoothing, *controls], [result, download, notice]
+    shared = {
+        "concurrency_limit": 1,
+        "concurrency_id": "model",
+        "show_progress_on": result,
+        "js": SHOW_RESULT.format("video-result"),
+    }
+    start.click(cut_out_clip, inputs, outputs, api_name="cut_out_video", **shared)
+    examples.load_input_event.then(cut_out_clip, inputs, outputs, api_visibility="private", **shared)
 
 
 def build_app() -> gr.Blocks:
-    """The page and its endpoints; files of Gradio's cache are deleted after an hour."""
-    with gr.Blocks(title="BiRefNet", delete_cache=(KEEP_SECONDS // 2, KEEP_SECONDS)) as app:
+    """The page and its endpoints; uploads and results are deleted after a while, and at the end."""
+    with gr.Blocks(title="BiRefNet", delete_cache=(max(1, KEEP_SECONDS // 2), KEEP_SECONDS)) as app:
         gr.Markdown("# Remove backgrounds with BiRefNet\nDrop a photo, get a cut-out with soft edges.")
         with gr.Tab("Image"):
             image_tab()
@@ -515,18 +651,22 @@ def build_app() -> gr.Blocks:
             batch_tab()
         with gr.Tab("Video"):
             video_tab()
-    return app.queue(max_size=32, default_concurrency_limit=1)
+    return app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
 
 
 def launch(**options: Any) -> Any:
     """Serves the page; `options` go to Gradio's `launch`."""
-    return build_app().launch(
-        css=CSS,
-        max_file_size=MAX_FILE_MB * 2**20,
-        mcp_server=os.environ.get("BIREFNET_MCP") == "1",
-        **options,
-    )
+    if os.environ.get("SPACES_ZERO_GPU"):
+        MODELS.prepare(DEFAULT_MODEL)  # what is on the GPU before the start, ZeroGPU moves there fastest
+    settings = {
+        "css": CSS,
+        "theme": THEME,
+        "max_file_size": MAX_FILE_MB * 2**20,
+        "mcp_server": os.environ.get("BIREFNET_MCP") == "1",
+    }
+    return build_app().launch(**(settings | options))
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the files of visitors are removed then, too
     launch()
