@@ -64,6 +64,8 @@ MAX_FILES = int(os.environ.get("BIREFNET_MAX_FILES", 50))
 MAX_SECONDS = float(os.environ.get("BIREFNET_MAX_SECONDS", 60))
 MAX_FRAME_PIXELS = 4096 * 2304
 URL_TIMEOUT = 20.0
+# How long a model that could not be loaded is not tried again: giving up on a network takes a minute or more.
+RETRY_SECONDS = 300
 KEEP_SECONDS = int(os.environ.get("BIREFNET_KEEP_SECONDS", 3600))
 MAX_WAITING = 32
 
@@ -101,9 +103,14 @@ class ModelCache:
         self.load = load
         self.lock = threading.Lock()
         self.pipelines: OrderedDict[str, BackgroundRemovalPipeline] = OrderedDict()
+        self.failures: dict[str, float] = {}  # name to time
 
-    def __contains__(self, name: str) -> bool:
-        return name in self.pipelines
+    def is_ready(self, name: str) -> bool:
+        """Whether `prepare` takes no time: the model is loaded, or known not to load."""
+        return name in self.pipelines or self._failed_lately(name)
+
+    def _failed_lately(self, name: str) -> bool:
+        return time.monotonic() - self.failures.get(name, -RETRY_SECONDS) < RETRY_SECONDS
 
     def prepare(self, name: str) -> tuple[str, str]:
         """Loads a model.
@@ -115,16 +122,19 @@ class ModelCache:
             gr.Error: the fallback cannot be loaded either.
         """
         for candidate in dict.fromkeys([name, FALLBACK_MODEL]):
+            if self._failed_lately(candidate):
+                continue
             try:
                 self.get(candidate)
             except (OSError, ValueError, RuntimeError, ImportError) as error:
                 logger.warning("Cannot load %s: %s", candidate, error)
+                self.failures[candidate] = time.monotonic()
                 continue
             if candidate == name:
                 return name, ""
             return candidate, (
                 f"**{name}** cannot be loaded now, so the small built-in model **{candidate}** was used: "
-                "edges are coarser. Try again later, or choose another model."
+                "edges are coarser. Try again in some minutes, or choose another model."
             )
         raise gr.Error(f"Neither {name} nor the small model {FALLBACK_MODEL} can be loaded.")
 
@@ -261,7 +271,7 @@ def prepare_model(name: str, progress: gr.Progress) -> tuple[str, str]:
     Returns:
         As `ModelCache.prepare`.
     """
-    if name not in MODELS:
+    if not MODELS.is_ready(name):
         progress(0, desc=f"Loading the model {name}, the first time it is downloaded")
     name, notice = MODELS.prepare(name)
     if notice:
@@ -505,7 +515,7 @@ CSS = """
 """
 # What came of a click is in sight, also on a phone, where it lies below the controls.
 SHOW_RESULT = """(...inputs) => {{
-    document.getElementById("{}").scrollIntoView({{behavior: "smooth", block: "nearest"}});
+    document.getElementById("{}").scrollIntoView({{behavior: "smooth", block: "center"}});
     return inputs;
 }}"""
 # Fonts of the visitor's own machine: nothing is fetched from elsewhere, and all letters come from one font.
