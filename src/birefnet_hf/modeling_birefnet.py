@@ -20,7 +20,7 @@ from .backbone_timm_birefnet import build_timm_backbone
 from .configuration_birefnet import BiRefNetConfig
 from .conversion_birefnet import IGNORED_TENSORS
 from .loss_birefnet import BiRefNetLoss
-from .ops_birefnet import deform_conv2d
+from .ops_birefnet import add_projected_deform_conv2d, deform_conv2d, is_plain_inference
 
 
 logger = logging.get_logger(__name__)
@@ -124,6 +124,11 @@ class BiRefNetBatchNorm2d(nn.BatchNorm2d):
             )
         return super().forward(hidden_states)
 
+    def scale_and_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What it multiplies by and adds in evaluation mode, each (channels,)."""
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
 
 class BiRefNetModulatedConv2d(nn.Conv2d):
     """A convolution that samples its input at displaced and modulated positions, see `deform_conv2d`."""
@@ -132,6 +137,53 @@ class BiRefNetModulatedConv2d(nn.Conv2d):
         # Under autocast offsets arrive in half precision while the input may still be float32.
         dtype = offset.dtype
         return deform_conv2d(hidden_states.to(dtype), offset, modulator, self.weight.to(dtype))
+
+
+def is_plain(*modules: nn.Module) -> bool:
+    """Whether computing with the modules' weights is as good as calling the modules.
+
+    Not so for adapters, quantised or offloaded weights, and hooks: they take effect when a module is called.
+    """
+    kinds = (nn.Conv2d, BiRefNetZeroConv2d, BiRefNetModulatedConv2d, BiRefNetBatchNorm2d)
+    return all(
+        type(module) in kinds
+        and type(module.weight) is nn.Parameter
+        and not module.weight.is_meta
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        for module in modules
+    )
+
+
+def conv_pair(
+    image: torch.Tensor,
+    first_weight: torch.Tensor,
+    first_bias: torch.Tensor,
+    second_weight: torch.Tensor,
+    second_bias: torch.Tensor,
+) -> torch.Tensor:
+    """Two 3×3 convolutions in a row, each with a border of zeros, as one of 5×5 without the map between them.
+
+    Next to the border that map's zeros make a difference, so the outermost pixels are computed in two steps.
+
+    Args:
+        image: (B, C, H, W), both sides at least 3.
+        first_weight, first_bias: (inner, C, 3, 3) and (inner,).
+        second_weight, second_bias: (out, inner, 3, 3) and (out,).
+
+    Returns:
+        (B, out, H, W).
+    """
+
+    def two_steps(strip: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(F.conv2d(strip, first_weight, first_bias, padding=1), second_weight, second_bias, padding=1)
+
+    weight = F.conv2d(first_weight.transpose(0, 1), second_weight.flip(2, 3), padding=2).transpose(0, 1)
+    bias = second_bias + second_weight.sum(dim=(2, 3)) @ first_bias
+    inner = F.conv2d(image, weight, bias, padding=1)  # (B, out, H - 2, W - 2)
+    left, right = two_steps(image[..., :3])[..., 1:-1, :1], two_steps(image[..., -3:])[..., 1:-1, -1:]
+    top, bottom = two_steps(image[..., :3, :])[..., :1, :], two_steps(image[..., -3:, :])[..., -1:, :]
+    return torch.cat((top, torch.cat((left, inner, right), dim=-1), bottom), dim=-2)
 
 
 class BiRefNetZeroConv2d(nn.Conv2d):
@@ -157,10 +209,20 @@ class BiRefNetDeformableConv(nn.Module):
             in_channels, out_channels, kernel_size, padding=padding, bias=False
         )
 
+    def displacement(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Offsets (B, 2k², H, W) and modulators (B, k², H, W), by one convolution where both can be merged."""
+        convs = (self.offset_conv, self.modulator_conv)
+        if is_plain(*convs):
+            weight = torch.cat([conv.weight for conv in convs])
+            bias = torch.cat([conv.bias for conv in convs])
+            both = F.conv2d(hidden_states, weight, bias, padding=self.offset_conv.padding)
+            offset, modulator = both.split([conv.out_channels for conv in convs], dim=1)
+        else:
+            offset, modulator = (conv(hidden_states) for conv in convs)
+        return offset, 2 * modulator.sigmoid()
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        offset = self.offset_conv(hidden_states)
-        modulator = 2 * self.modulator_conv(hidden_states).sigmoid()
-        return self.regular_conv(hidden_states, offset, modulator)
+        return self.regular_conv(hidden_states, *self.displacement(hidden_states))
 
 
 class BiRefNetConvNormReLU(nn.Module):
@@ -172,14 +234,18 @@ class BiRefNetConvNormReLU(nn.Module):
         self.norm = BiRefNetBatchNorm2d(out_channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.norm(self.conv(hidden_states)))
+        return self.activate(self.conv(hidden_states))
+
+    def activate(self, convolved: torch.Tensor) -> torch.Tensor:
+        """What follows the convolution."""
+        return F.relu(self.norm(convolved), inplace=True)
 
 
 class BiRefNetASPP(nn.Module):
     """Attention block: parallel branches of growing reach, concatenated and projected (Chen et al., arXiv 1706.05587).
 
     The branches are a pointwise one, deformable convolutions of growing kernel size or dilated 3×3 convolutions, and the
-    global average.
+    global average. The projection of the concatenation is the sum of each branch's own, which needs no concatenation.
     """
 
     dilations = (6, 12, 18)
@@ -216,11 +282,48 @@ class BiRefNetASPP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, in_channels, H, W) → (B, out_channels, H, W)."""
-        branches = [self.pointwise_branch(hidden_states)]
-        branches += [branch(hidden_states) for branch in self.wide_branches]
-        pooled = self.global_branch(hidden_states.mean(dim=(2, 3), keepdim=True))
-        branches.append(pooled.expand_as(branches[0]))  # resizing one pixel is repeating it
-        return self.dropout(self.projection(torch.cat(branches, dim=1)))
+        branches = [self.pointwise_branch, *self.wide_branches]
+        pooled = self.global_branch(hidden_states.mean(dim=(2, 3), keepdim=True))  # (B, width, 1, 1)
+        if not is_plain(self.projection.conv):
+            outputs = [branch(hidden_states) for branch in branches]
+            outputs.append(pooled.expand_as(outputs[0]))  # resizing one pixel is repeating it
+            return self.dropout(self.projection(torch.cat(outputs, dim=1)))
+
+        *kernels, pooled_kernel = self.projection.conv.weight.split(pooled.shape[1], dim=1)
+        total = F.conv2d(pooled, pooled_kernel)
+        if self.uses_chunks(hidden_states):
+            total = self.add_chunks(total, hidden_states, kernels)
+        else:
+            for branch, kernel in zip(branches, kernels, strict=True):
+                total = total + F.conv2d(branch(hidden_states), kernel)
+        return self.dropout(self.projection.activate(total))
+
+    def uses_chunks(self, hidden_states: torch.Tensor) -> bool:
+        """Whether `add_chunks` does the same as the branches themselves, but faster."""
+        if self.training or not self.deformable or not is_plain_inference(hidden_states):
+            return False
+        branches = (self.pointwise_branch, *self.deformable_branches)
+        return is_plain(*(layer for branch in branches for layer in (branch.conv.regular_conv, branch.norm)))
+
+    def add_chunks(
+        self, total: torch.Tensor, hidden_states: torch.Tensor, kernels: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """Projected sum of the deformable branches (B, out_channels, H, W), whose wide outputs exist in chunks only.
+
+        Args:
+            total: (B, out_channels, 1, 1), the global branch's part.
+            hidden_states: (B, in_channels, H, W).
+            kernels: Projection of each branch, (out_channels, width, 1, 1).
+        """
+        batch_size, _, height, width = hidden_states.shape
+        dtype = torch.promote_types(total.dtype, torch.float32)
+        rows = total.to(dtype).flatten(1)[:, None].repeat(1, height * width, 1)  # (B, H * W, out_channels)
+        for branch, kernel in zip((self.pointwise_branch, *self.deformable_branches), kernels, strict=True):
+            scale, shift = branch.norm.scale_and_shift()
+            weight = branch.conv.regular_conv.weight * scale[:, None, None, None]
+            offset, modulator = branch.conv.displacement(hidden_states)
+            add_projected_deform_conv2d(rows, hidden_states, offset, modulator, weight, shift, kernel[:, :, 0, 0])
+        return rows.to(total.dtype).view(batch_size, height, width, -1).permute(0, 3, 1, 2)
 
 
 class BiRefNetDecoderBlock(nn.Module):
@@ -244,7 +347,7 @@ class BiRefNetDecoderBlock(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, in_channels, H, W) → (B, out_channels, H, W)."""
-        output = F.relu(self.norm_in(self.conv_in(hidden_states)))
+        output = F.relu(self.norm_in(self.conv_in(hidden_states)), inplace=True)
         output = self.norm_out(self.conv_out(self.attention(output)))
         return output if self.shortcut is None else output + self.shortcut(hidden_states)
 
@@ -278,7 +381,7 @@ class BiRefNetOutwardReference(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, C, H, W) → the same, gated, and in training the gradient's logits (B, 1, H, W)."""
-        gradient_features = F.relu(self.norm(self.conv(hidden_states)))
+        gradient_features = F.relu(self.norm(self.conv(hidden_states)), inplace=True)
         gated = hidden_states * self.attention_head(gradient_features).sigmoid()
         return gated, self.gradient_head(gradient_features) if self.training else None
 
@@ -390,29 +493,29 @@ class BiRefNetDecoder(nn.Module):
         """Logits (B, 1, H, W) from the last level's output (B, C, H/4, W/4) and the image.
 
         The reference resizes the map to full size, concatenates the image's features and applies a 1×1 convolution. That
-        convolution commutes with the resizing and with the image branch's last convolution, so that here only one
-        channel is resized and one is computed: the same numbers without the full-size maps of C channels.
+        convolution commutes with the resizing and with the image branch's convolutions, so that here only one channel
+        is resized and one is computed: the same numbers without the full-size maps of C channels.
         """
-        size = image.shape[-2:]
-        convs = [self.mask_head] if self.inward_reference is None else [self.mask_head, self.inward_reference.conv_out]
-        if any(type(conv) is not nn.Conv2d or conv.weight.is_meta for conv in convs):
-            # Adapters and offloaded weights take effect when their module is called, so the modules are.
+        size, image_branch = image.shape[-2:], self.inward_reference
+        convs = (
+            [self.mask_head] if image_branch is None else [self.mask_head, image_branch.conv_in, image_branch.conv_out]
+        )
+        if not is_plain(*convs):
             features = [resize(hidden_states, size)]
-            if self.inward_reference is not None:
-                features.append(self.inward_reference(image, size))
+            if image_branch is not None:
+                features.append(image_branch(image, size))
             return self.mask_head(torch.cat(features, dim=1))
 
         weight, bias = self.mask_head.weight, self.mask_head.bias
         channels = hidden_states.shape[1]
         logits = resize(F.conv2d(hidden_states, weight[:, :channels].to(hidden_states.dtype)), size)
-        if self.inward_reference is None:
+        if image_branch is None:
             return logits + bias[:, None, None]
-        conv_out = self.inward_reference.conv_out
+        conv_in, conv_out = image_branch.conv_in, image_branch.conv_out
         image_weight = weight[0, channels:, 0, 0]  # (image_out_channels,)
         folded_weight = torch.einsum("o,oikl->ikl", image_weight, conv_out.weight)[None]
         folded_bias = bias + (image_weight * conv_out.bias).sum()
-        image_features = self.inward_reference.conv_in(image)
-        return logits + F.conv2d(image_features, folded_weight, folded_bias, padding=1)
+        return logits + conv_pair(image, conv_in.weight, conv_in.bias, folded_weight, folded_bias)
 
 
 @auto_docstring

@@ -60,6 +60,18 @@ def deform_conv2d(
     raise ValueError(f"implementation={implementation!r} must be 'auto', 'torchvision' or 'gather'.")
 
 
+def is_plain_inference(feature_map: torch.Tensor) -> bool:
+    """Whether loops over chunks pay and nothing watches them: on a CPU, without autograd, capture or transforms."""
+    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return (
+        feature_map.device.type == "cpu"
+        and not captured
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
 def _is_plain_training(inputs: Sequence[torch.Tensor]) -> bool:
     """Whether autograd is going to ask for gradients in its usual way, for which one is written by hand."""
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
@@ -72,16 +84,45 @@ def _gather_deform_conv2d(
     feature_map: torch.Tensor, offset: torch.Tensor, modulator: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
     """The gather in plain operations, which autograd can follow by keeping all columns."""
-    batch_size, in_channels, height, width = feature_map.shape
-    out_channels, _, kernel_size, _ = weight.shape
-    rows = _padded_rows(feature_map)
+    batch_size, _, height, width = feature_map.shape
     kernel = _kernel_matrix(weight)
-    outputs = []
-    for taps in _sampling_chunks(feature_map, offset, modulator, kernel_size, GATHER_CHUNK_BYTES):
-        columns = _sample(rows[taps.image], taps)  # (pixels * taps, C)
-        outputs.append(columns.view(-1, kernel.shape[0]) @ kernel)  # (pixels, out)
-    output = torch.cat(outputs).view(batch_size, height, width, out_channels)
+    columns = _sampled_columns(feature_map, offset, modulator, weight.shape[-1])
+    output = torch.cat([chunk @ kernel for _, chunk in columns]).view(batch_size, height, width, -1)
     return output.permute(0, 3, 1, 2)  # (B, out, H, W), channels last in memory
+
+
+@torch.no_grad()
+def add_projected_deform_conv2d(
+    total: torch.Tensor,
+    feature_map: torch.Tensor,
+    offset: torch.Tensor,
+    modulator: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    projection: torch.Tensor,
+) -> None:
+    """Adds `projection @ relu(deform_conv2d(...) + bias)` to `total`, in place, for inference on a CPU.
+
+    What the convolution gives, often ten times the size of the map, is used up chunk by chunk while in the cache.
+
+    Args:
+        total: (B, H * W, projected), of the map's precision or a higher one.
+        feature_map, offset, modulator, weight: As in `deform_conv2d`.
+        bias: (out_channels,).
+        projection: (projected, out_channels).
+    """
+    kernel = _kernel_matrix(weight)
+    for taps, columns in _sampled_columns(feature_map, offset, modulator, weight.shape[-1]):
+        _add_product(total[taps.image, taps.pixels], torch.addmm(bias, columns, kernel).relu_(), projection.t())
+
+
+def _sampled_columns(
+    feature_map: torch.Tensor, offset: torch.Tensor, modulator: torch.Tensor, kernel_size: int
+) -> Iterator[tuple["_Taps", torch.Tensor]]:
+    """Chunks of pixels and what their taps see, (pixels, k² * C), in the order of images and pixels."""
+    rows = _padded_rows(feature_map)
+    for taps in _sampling_chunks(feature_map, offset, modulator, kernel_size, GATHER_CHUNK_BYTES):
+        yield taps, _sample(rows[taps.image], taps).view(-1, kernel_size**2 * rows.shape[-1])
 
 
 class _GatherDeformConv2d(torch.autograd.Function):
@@ -231,10 +272,11 @@ def _sampling_chunks(
 
 def _corner_weights(taps: _Taps) -> torch.Tensor:
     """(pixels * taps, 4), float32 at least: bilinear weights times the modulator."""
-    bottom, right = taps.y_fraction * taps.modulator, taps.x_fraction
-    rows = torch.stack((taps.modulator - bottom, bottom), dim=-1)  # (pixels, taps, 2)
-    columns = torch.stack((1 - right, right), dim=-1)
-    return (rows[..., :, None] * columns[..., None, :]).flatten(2).flatten(0, 1)
+    bottom = taps.y_fraction * taps.modulator
+    top = taps.modulator - bottom
+    top_right, bottom_right = top * taps.x_fraction, bottom * taps.x_fraction
+    corners = (top - top_right, top_right, bottom - bottom_right, bottom_right)
+    return torch.stack(corners, dim=-1).flatten(0, 1)
 
 
 def _sample(rows: torch.Tensor, taps: _Taps) -> torch.Tensor:
@@ -266,4 +308,4 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         total += left @ right
 
 
-__all__ = ["deform_conv2d"]
+__all__ = ["add_projected_deform_conv2d", "deform_conv2d", "is_plain_inference"]
