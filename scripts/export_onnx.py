@@ -1,0 +1,290 @@
+r"""Exports a BiRefNet to an ONNX file, checks that the file computes the same, and only then lets it appear.
+
+    python scripts/export_onnx.py ZhengPeng7/BiRefNet exported
+    python scripts/export_onnx.py lite exported --size 512 512 --dtype float16
+    python scripts/export_onnx.py nano exported --dynamic-size --check onnxruntime openvino
+
+MODEL is a Hub id, a directory or an alias. OUTPUT gets model.onnx (model_fp16.onnx for float16), config.json and
+preprocessor_config.json, and is all that `BiRefNetOnnxForImageSegmentation.from_pretrained(OUTPUT)` needs.
+
+The graph maps `pixel_values`, float32 (batch_size, 3, height, width) from the image processor, to `logits`, float32
+(batch_size, 1, height, width). Deformable convolutions are ONNX's own DeformConv, so that an opset of 19 or later and a
+runtime that has it are needed: ONNX Runtime 1.28 or OpenVINO 2025 at least. The check runs pictures of another batch size
+than the traced one, and with --dynamic-size of other sizes, through the runtime and through PyTorch in float32.
+
+Needs `pip install "birefnet-hf[onnx]"`. Takes minutes and some 10 GB for a Swin-L at 1024×1024.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.export import Dim
+
+from birefnet_hf import BiRefNetForImageSegmentation, BiRefNetImageProcessor
+from birefnet_hf.checkpoints_birefnet import resolve_checkpoint
+from birefnet_hf.modeling_birefnet import SIZE_DIVISOR
+from birefnet_hf.onnx_birefnet import ONNX_FILE_NAMES, BiRefNetOnnxForImageSegmentation
+
+
+logger = logging.getLogger("export_onnx")
+
+# What the file may differ by from PyTorch in float32: on logits, and where its weights are float16, on alpha.
+LOGITS_TOLERANCE = 1e-4
+# Rounding of half-precision features moves soft edges by a grey level; the mean shows what is wrong everywhere.
+ALPHA_TOLERANCE, MEAN_ALPHA_TOLERANCE = 8 / 255, 0.5 / 255
+
+# Traced at a size of which every stage's token grid needs padding, at both scales: a graph of the branch that pads holds
+# for any size, and for windows of 12 (Swin) and 5 (nano) alike.
+DYNAMIC_TRACE_SIZE = (224, 288)
+DYNAMIC_CHECK_SIZE = (160, 96)
+
+# Files that must belong to the same network and size for a second precision to be put beside the first.
+SETTINGS_FILES = ("config.json", "preprocessor_config.json")
+UNIMPORTANT_SETTINGS = ("dtype", "transformers_version", "_name_or_path")
+
+
+class ExportError(Exception):
+    """What the user can do something about; the message says what."""
+
+
+class LogitsOnly(nn.Module):
+    """The graph's signature: float32 pictures in, float32 logits out, whatever the precision of the weights."""
+
+    def __init__(self, model: BiRefNetForImageSegmentation):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values).logits.float()
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="export_onnx.py"
+    )
+    parser.add_argument("model", help="Hub id, directory or alias such as nano")
+    parser.add_argument("output", type=Path, help="directory; may hold the same network's other precision")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="input size; default the checkpoint's"
+    )
+    parser.add_argument(
+        "--dynamic-size", action="store_true", help="one graph for all sizes; tracing takes minutes even for nano"
+    )
+    parser.add_argument("--batch-size", type=int, help="fix it; any batch size by default")
+    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of weights and arithmetic")
+    parser.add_argument("--opset", type=int, default=22, help="19 (the first with DeformConv) or later; default 22")
+    parser.add_argument(
+        "--check",
+        nargs="+",
+        choices=["onnxruntime", "openvino"],
+        help="runtimes to check in; default ONNX Runtime, and OpenVINO where it is installed",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.size and any(side <= 0 or side % SIZE_DIVISOR for side in arguments.size):
+        parser.error(f"--size {arguments.size}: both sides must be multiples of {SIZE_DIVISOR}.")
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        parser.error(f"--batch-size {arguments.batch_size} must be at least 1.")
+    if arguments.opset < 19:
+        parser.error(f"--opset {arguments.opset}: DeformConv exists from opset 19 on.")
+    if arguments.check is None:
+        arguments.check = ["onnxruntime"] + ["openvino"] * (find_spec("openvino") is not None)
+    return arguments
+
+
+def require(*packages: str) -> None:
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        extras = "onnx,openvino" if "openvino" in missing else "onnx"
+        raise ExportError(f'{", ".join(missing)} not installed: pip install "birefnet-hf[{extras}]".')
+
+
+def load(
+    name: str, size: Sequence[int] | None, dynamic_size: bool
+) -> tuple[BiRefNetForImageSegmentation, BiRefNetImageProcessor, tuple[int, int]]:
+    """The network in float32, its processor at the wanted size, and that size (height, width)."""
+    name = resolve_checkpoint(name)
+    settings = {"size": {"height": size[0], "width": size[1]}} if size else {}
+    processor = BiRefNetImageProcessor.from_pretrained(name, **settings)
+    model = BiRefNetForImageSegmentation.from_pretrained(name, dtype=torch.float32).eval()
+    if processor.size.height is not None:
+        return model, processor, (processor.size.height, processor.size.width)
+    if not dynamic_size:
+        raise ExportError(
+            f"{name} takes images of any size: give --size HEIGHT WIDTH for a graph of that size, or --dynamic-size."
+        )
+    return model, processor, tuple(model.config.image_size)
+
+
+def export(
+    model: BiRefNetForImageSegmentation,
+    path: Path,
+    size: tuple[int, int],
+    dynamic_size: bool,
+    batch_size: int | None,
+    opset: int,
+) -> None:
+    """Traces the network and writes the graph with its weights.
+
+    Args:
+        path: File to write.
+        size: (height, width) of the graph's input, unless `dynamic_size`.
+        batch_size: None for any.
+    """
+    dimensions: dict[int, Dim] = {}
+    if batch_size is None:
+        dimensions[0] = Dim("batch_size")
+        batch_size = 2  # 0 and 1 would be taken for constants
+    if dynamic_size:
+        size = DYNAMIC_TRACE_SIZE
+        # The runtime pads to multiples; a graph that did would hold expressions that tracing never gets done with.
+        dimensions |= {2: SIZE_DIVISOR * Dim("height_steps"), 3: SIZE_DIVISOR * Dim("width_steps")}
+    with torch.no_grad():
+        torch.onnx.export(
+            LogitsOnly(model).eval(),
+            (torch.zeros(batch_size, model.config.num_channels, *size),),
+            path,
+            dynamo=True,
+            external_data=False,
+            opset_version=opset,
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamic_shapes=(dimensions,) if dimensions else None,
+            verbose=False,
+        )
+
+
+def test_pictures(batch_size: int, size: tuple[int, int], seed: int) -> torch.Tensor:
+    """Smooth random pictures of normalised colours with some noise, (batch_size, 3, *size)."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(batch_size, 3, 6, 6, generator=generator)
+    smooth = F.interpolate(coarse, size=size, mode="bicubic", align_corners=True)
+    return smooth + 0.1 * torch.randn(batch_size, 3, *size, generator=generator)
+
+
+@torch.inference_mode()
+def check(
+    expected: Sequence[torch.Tensor],
+    pictures: Sequence[torch.Tensor],
+    folder: Path,
+    file_name: str,
+    runtime: str,
+) -> None:
+    """Runs the file and compares.
+
+    Args:
+        expected: PyTorch's float32 logits for `pictures`.
+
+    Raises:
+        ExportError: the runtime cannot load or run the file, or its results are others.
+    """
+    try:
+        exported = BiRefNetOnnxForImageSegmentation.from_pretrained(folder, file_name=file_name, runtime=runtime)
+        results = [exported(batch).logits for batch in pictures]
+    except Exception as error:
+        raise ExportError(f"{runtime} does not run the exported file: {error}") from error
+    logits_difference = max(
+        (result - wanted).abs().max().item() for result, wanted in zip(results, expected, strict=True)
+    )
+    alpha_differences = torch.cat(
+        [
+            (result.sigmoid() - wanted.sigmoid()).abs().flatten()
+            for result, wanted in zip(results, expected, strict=True)
+        ]
+    )
+    largest, mean = alpha_differences.max().item(), alpha_differences.mean().item()
+    report = (
+        f"{runtime}: logits differ from PyTorch's float32 by at most {logits_difference:.1e}, "
+        f"alpha by at most {largest * 255:.2g}/255, {mean * 255:.2g}/255 on average, "
+        f"over inputs {', '.join('×'.join(map(str, batch.shape)) for batch in pictures)}."
+    )
+    # Written so that NaN fails, too.
+    if file_name == ONNX_FILE_NAMES[torch.float16]:
+        passed = largest <= ALPHA_TOLERANCE and mean <= MEAN_ALPHA_TOLERANCE
+        allowed = f"alpha {ALPHA_TOLERANCE * 255:g}/255, on average {MEAN_ALPHA_TOLERANCE * 255:g}/255"
+    else:
+        passed, allowed = logits_difference <= LOGITS_TOLERANCE, f"logits {LOGITS_TOLERANCE:g}"
+    if not passed:
+        raise ExportError(f"{report} That is more than allowed ({allowed}): the file is not kept.")
+    logger.info(report)
+
+
+def check_settings(folder: Path, output: Path) -> None:
+    """Raises ExportError where `output` has settings of another network or size than `folder`."""
+    for name in SETTINGS_FILES:
+        if (output / name).exists():
+            ours, theirs = (json.loads((place / name).read_text(encoding="utf-8")) for place in (folder, output))
+            different = sorted(
+                key
+                for key in (ours | theirs).keys() - set(UNIMPORTANT_SETTINGS)
+                if key not in ours or key not in theirs or ours[key] != theirs[key]
+            )
+            if different:
+                raise ExportError(
+                    f"{output / name} belongs to another network or size (it differs in {', '.join(different)}); "
+                    "choose another OUTPUT."
+                )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    output: Path = arguments.output
+    if output.exists() and not output.is_dir():
+        raise ExportError(f"{output} is a file; OUTPUT is a directory.")
+    require("onnx", "onnxscript", *arguments.check)
+    model, processor, size = load(arguments.model, arguments.size, arguments.dynamic_size)
+    dtype = getattr(torch, arguments.dtype)
+    file_name = ONNX_FILE_NAMES[dtype]
+
+    sizes = [size] + [DYNAMIC_CHECK_SIZE] * arguments.dynamic_size
+    batch_sizes = [arguments.batch_size] * 2 if arguments.batch_size else [1, 3]
+    pictures = [test_pictures(batch, side, seed=1) for batch, side in zip(batch_sizes, sizes, strict=False)]
+    with torch.inference_mode():
+        expected = [model(batch).logits for batch in pictures]
+
+    # Nothing appears under OUTPUT until it is complete and checked.
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as staging:
+        folder = Path(staging)
+        model.config.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        check_settings(folder, output)
+        logger.info(
+            "Tracing %s, %s, %s.",
+            arguments.model,
+            arguments.dtype,
+            "any size" if arguments.dynamic_size else f"{size[0]}×{size[1]}",
+        )
+        export(
+            model.to(dtype), folder / file_name, size, arguments.dynamic_size, arguments.batch_size, arguments.opset
+        )
+        for runtime in arguments.check:
+            check(expected, pictures, folder, file_name, runtime)
+        output.mkdir(exist_ok=True)
+        for path in folder.iterdir():
+            os.replace(path, output / path.name)
+    megabytes = (output / file_name).stat().st_size / 1e6
+    logger.info("Saved %s (%.0f MB).", output / file_name, megabytes)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        run(arguments)
+    except (ExportError, OSError, ValueError) as error:
+        logger.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
