@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageDraw, ImageFilter
 from safetensors.torch import load_file, save_file
 
 from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
@@ -68,6 +70,20 @@ def tiny_model_dir(tmp_path_factory) -> Path:
     BiRefNetForImageSegmentation(BiRefNetConfig(**tiny_settings())).eval().save_pretrained(folder)
     BiRefNetImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def scene() -> tuple[Image.Image, np.ndarray]:
+    """A red ball on a bluish, uneven ground, and where it is: for the trained network of the package, "nano"."""
+    y, x = np.mgrid[0:240, 0:320]
+    ground = np.stack([60 + x // 8, 90 + y // 6, 140 + (x + y) // 10], axis=-1).astype(np.uint8)
+    image = Image.fromarray(ground)
+    mask = Image.new("L", image.size)
+    ImageDraw.Draw(mask).ellipse((90, 50, 230, 190), fill=255)
+    shade = Image.radial_gradient("L").resize(image.size).point(lambda value: 230 - value // 2)
+    ball = Image.merge("RGB", (shade, shade.point(lambda value: value // 4), shade.point(lambda value: value // 5)))
+    image.paste(ball, mask=mask.filter(ImageFilter.GaussianBlur(0.7)))
+    return image, np.asarray(mask) > 127
 
 
 @pytest.fixture(scope="session", params=["float32", "float16"])

@@ -251,6 +251,26 @@ def test_single_file(tmp_path, run):
         assert (cutout.mode, cutout.size) == ("RGBA", (41, 23))
 
 
+def test_the_network_of_the_package_finds_the_object(tmp_path, scene):
+    """From the photo's file to those of cut-out, mask and composite, with weights that know objects."""
+    image, inside = scene
+    image.save(tmp_path / "ball.png")
+    results = {"cutout": [], "mask": ["--mask-only"], "green": ["--background", "#00ff00"]}
+    for name, options in results.items():
+        target = str(tmp_path / f"{name}.png")
+        arguments = [str(tmp_path / "ball.png"), "-o", target, "--model", "nano", "--device", "cpu", *options]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        assert "nano on cpu, float32" in result.output
+        with Image.open(target) as picture:
+            results[name] = np.asarray(picture)
+    cutout, mask, composite = results.values()
+    assert np.array_equal(cutout[..., 3], mask)
+    assert mask[inside].mean() > 180 and mask[~inside].mean() < 40
+    assert np.abs(composite[inside].mean(axis=0) - np.asarray(image)[inside].mean(axis=0)).max() < 50
+    assert np.abs(composite[~inside].mean(axis=0) - (0, 255, 0)).max() < 50
+
+
 def test_webp_is_lossless(tmp_path, run):
     photo = write_image(tmp_path / "a.png")
     run(photo, "-o", tmp_path / "a.webp", "--no-refine")

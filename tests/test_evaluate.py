@@ -187,6 +187,19 @@ def test_iou_is_the_one_of_training(data, tiny_model_dir, tmp_path):
     assert found["s_measure"] == pytest.approx(summary["s_measure"], abs=2e-3)
 
 
+def test_a_network_that_knows_objects_scores_well(data, scene, tmp_path):
+    image, inside = scene
+    for name in SIZES:  # same names, plain ground instead of noise
+        width = 160 + 20 * list(SIZES).index(name)
+        image.resize((width, 120)).save(data / "im" / f"{name}.jpg")
+        Image.fromarray(inside).convert("L").resize((width, 120)).save(data / "gt" / f"{name}.png")
+    names = ("iou", "mae", "s_measure", "max_f")
+    assert run(data, tmp_path / "out", "--model", "nano", "--metrics", *names) == 0
+    found = values(tmp_path / "out")
+    assert found["iou"] > 0.7 and found["s_measure"] > 0.75 and found["max_f"] > 0.8
+    assert found["mae"] < 0.15
+
+
 def test_worker_processes_change_nothing(data, tmp_path):
     assert run(data, tmp_path / "here") == 0
     assert run(data, tmp_path / "there", "--num-workers", 2) == 0

@@ -3,27 +3,12 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image
 from transformers import pipeline
 
 from birefnet_hf import NANO, BiRefNetForImageSegmentation, load_pipeline
 from birefnet_hf.checkpoints_birefnet import list_aliases, resolve_checkpoint
-
-
-@pytest.fixture(scope="module")
-def picture() -> tuple[Image.Image, np.ndarray]:
-    """A red ball on a bluish, uneven background, and where it is."""
-    y, x = np.mgrid[0:240, 0:320]
-    background = np.stack([60 + x // 8, 90 + y // 6, 140 + (x + y) // 10], axis=-1).astype(np.uint8)
-    image = Image.fromarray(background)
-    mask = Image.new("L", image.size)
-    ImageDraw.Draw(mask).ellipse((90, 50, 230, 190), fill=255)
-    shade = Image.radial_gradient("L").resize(image.size).point(lambda value: 230 - value // 2)
-    ball = Image.merge("RGB", (shade, shade.point(lambda value: value // 4), shade.point(lambda value: value // 5)))
-    image.paste(ball, mask=mask.filter(ImageFilter.GaussianBlur(0.7)))
-    return image, np.asarray(mask) > 127
 
 
 def intersection_over_union(prediction: np.ndarray, mask: np.ndarray) -> float:
@@ -46,8 +31,8 @@ def test_a_folder_of_that_name_wins(tmp_path, monkeypatch):
     assert resolve_checkpoint("nano") == "nano"
 
 
-def test_cuts_out_what_stands_out(picture):
-    image, mask = picture
+def test_cuts_out_what_stands_out(scene):
+    image, mask = scene
     cutout = load_pipeline("nano")(image)
     alpha = np.asarray(cutout.getchannel("A"))
     assert cutout.size == image.size
@@ -55,8 +40,8 @@ def test_cuts_out_what_stands_out(picture):
     assert alpha[~mask].mean() < 25 and alpha[mask].mean() > 200
 
 
-def test_stock_pipeline_gives_label_and_score(picture):
-    image, mask = picture
+def test_stock_pipeline_gives_label_and_score(scene):
+    image, mask = scene
     (segment,) = pipeline("image-segmentation", model=NANO)(image)
     assert segment["label"] == "foreground"
     assert 0.8 < segment["score"] <= 1

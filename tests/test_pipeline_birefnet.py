@@ -15,6 +15,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 from transformers.utils import logging as transformers_logging
 
 from birefnet_hf import (
+    NANO,
     BackgroundRemovalPipeline,
     BiRefNetForImageSegmentation,
     BiRefNetImageProcessor,
@@ -382,6 +383,28 @@ def test_stock_pipeline(seeing_model_dir, library_log):
         assert (segment["mask"].mode, segment["mask"].size) == ("L", (90, 60))
         assert segment["mask"].getpixel((45, 30)) == 255
         assert segment["mask"].getpixel((0, 0)) == 0
+
+
+def test_both_pipelines_find_the_object(scene, tmp_path):
+    """Label, score and masks of a network that knows objects, also after saving and loading."""
+    image, inside = scene
+    pipe = load_pipeline("nano", device="cpu")
+    alpha = np.asarray(pipe(image, output_type="mask"))
+    assert alpha[inside].mean() > 180 and alpha[~inside].mean() < 40
+    composite = np.asarray(pipe(image, background="white")).astype(int)
+    assert composite[~inside].mean() > 230
+    assert np.abs(composite - np.asarray(image))[inside].mean() < 25
+
+    [segment] = pipeline("image-segmentation", model=NANO, device="cpu")(image)
+    found = np.asarray(segment["mask"]) > 0
+    assert segment["label"] == "foreground"
+    assert segment["score"] == pytest.approx(alpha[found].mean() / 255, abs=0.01)
+    assert segment["score"] > 0.8
+    assert found[alpha > 129].all() and not found[alpha < 126].any()
+
+    pipe.save_pretrained(tmp_path)
+    again = pipeline("background-removal", model=str(tmp_path), device="cpu")
+    assert difference(again(image, output_type="mask"), Image.fromarray(alpha)) <= 1
 
 
 def test_released_directory(released_dir, tiny_model_dir):
