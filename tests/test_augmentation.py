@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional
 
 from birefnet_hf.augmentation import (
     BackgroundSynthesis,
@@ -12,6 +13,7 @@ from birefnet_hf.augmentation import (
     RandomCrop,
     SaltAndPepper,
     SoftMask,
+    adjust_sharpness,
     build_augmentation,
 )
 from birefnet_hf.data import seeded_random
@@ -65,6 +67,16 @@ def test_rotation_is_pillows():
     assert angle != 0
     inside = (slice(14, -14), slice(14, -14))
     assert (turned[0].double() - expected)[inside].abs().max() < 0.01
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.7, 1.0, 3.0])
+def test_sharpness_is_torchvisions(factor):
+    image = tv_tensors.Image(torch.rand(3, 9, 14))
+    adjusted = adjust_sharpness(image, factor)
+    assert isinstance(adjusted, tv_tensors.Image)
+    torch.testing.assert_close(adjusted, functional.adjust_sharpness(image, factor), atol=1e-6, rtol=0)
+    tiny = tv_tensors.Image(torch.rand(3, 2, 14))
+    assert torch.equal(adjust_sharpness(tiny, factor), tiny)
 
 
 def test_salt_and_pepper():

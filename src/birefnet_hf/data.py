@@ -77,7 +77,10 @@ class BadDataError(ValueError):
 
     def __init__(self, samples: Sequence[BadSample]) -> None:
         self.samples = tuple(samples)
-        super().__init__(_describe(samples) + '\nRepair or remove them, or pass on_bad="skip" to leave them out.')
+        super().__init__(
+            _describe(samples)
+            + '\nRepair or remove them, or pass on_bad="skip" (--on-bad-data skip) to leave them out.'
+        )
 
 
 def _describe(samples: Sequence[BadSample]) -> str:
@@ -373,8 +376,8 @@ def _find(
         return _rows({"image": [str(path) for path in files]}), []
     if files:
         raise ValueError(
-            f"{root} has images but it is not clear where their masks are: pass the folder of masks as `masks`, or a "
-            "`compositor` if the images are cut-outs with transparency."
+            f"{root} has images but it is not clear where their masks are: pass the folder of masks as `masks` "
+            "(--masks), or a `compositor` (--cutouts) if the images are cut-outs with transparency."
         )
     if not any(root.iterdir()):
         raise ValueError(f"The folder {root} is empty.")
@@ -394,7 +397,9 @@ def _subset_folders(root: Path, subsets: Sequence[str] | None) -> list[tuple[Pat
             if (pair := _image_and_mask_folder(folder)) is not None
         }
         if len(found) > 1:  # joining them unasked would train on test sets
-            raise ValueError(f"{root} has several subsets: choose with subsets=[...] from {', '.join(found)}.")
+            raise ValueError(
+                f"{root} has several subsets: choose with subsets=[...] (--subsets) from {', '.join(found)}."
+            )
         return list(found.values())
     pairs = []
     for subset in subsets:
@@ -545,7 +550,7 @@ def _choose_columns(
     if image is None or (mask is None and needs_mask):
         raise ValueError(
             f"It is not clear which columns hold the image (guess: {image}) and the mask (guess: {mask}): pass "
-            f"image_column and mask_column. The columns are: {', '.join(columns)}."
+            f"image_column and mask_column (--image-column, --mask-column). The columns are: {', '.join(columns)}."
         )
     chosen = {image: "image"} if mask is None else {image: "image", mask: "mask"}
     rows = rows.select_columns(list(chosen)).rename_columns({old: new for old, new in chosen.items() if old != new})
@@ -682,9 +687,9 @@ def _prepare(
 class TrainingDataset(torch.utils.data.Dataset):
     """Pairs as the network's inputs: `dataset[key]` is {"pixel_values": 3×H×W, "labels": 1×H×W}, both float32.
 
-    The key is a `SampleKey`, or an integer for epoch 0 at the processor's size. A sample is a pure function of
-    (seed, epoch, index), also where the pictures are composed or a user's own transform draws from torch's global
-    random numbers.
+    The key is a `SampleKey`, or an integer for the processor's size and the epoch of `set_epoch`, which the loaders
+    of Accelerate, and so Transformers' `Trainer`, call in runs of one process. A sample is a pure function of (seed, epoch, index), also where
+    the pictures are composed or a user's own transform draws from torch's global random numbers.
 
     Args:
         pairs: map-style dataset of {"image", "mask"} PIL images, from `load_pairs` or elsewhere.
@@ -700,12 +705,17 @@ class TrainingDataset(torch.utils.data.Dataset):
         self.image_processor = image_processor
         self.augmentation = augmentation or build_augmentation("none")
         self.seed = seed
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch of what is asked for by an integer; workers take it up when they start."""
+        self.epoch = epoch
+
     def __getitem__(self, key: SampleKey | int) -> dict[str, torch.Tensor]:
-        key = key if isinstance(key, SampleKey) else SampleKey(key)
+        key = key if isinstance(key, SampleKey) else SampleKey(key, self.epoch)
         with seeded_random(self.seed, key.epoch, key.index):
             return _prepare(self.pairs[key.index], self.image_processor, self.augmentation, key.size)
 
