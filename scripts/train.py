@@ -476,9 +476,13 @@ def set_up(arguments: argparse.Namespace, accelerator: Accelerator) -> Run:
     set_seed(arguments.seed)
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         if arguments.ema_decay:
-            raise ValueError("FSDP and DeepSpeed shard the weights, which cannot be averaged then: pass --ema-decay 0.")
+            raise ValueError(
+                "FSDP and DeepSpeed shard the weights, which cannot be averaged then: pass --ema-decay 0."
+            )
         if arguments.lora_rank:
-            raise ValueError("Adapters are too small for sharding to save memory: train them without FSDP or DeepSpeed.")
+            raise ValueError(
+                "Adapters are too small for sharding to save memory: train them without FSDP or DeepSpeed."
+            )
     if arguments.push_to_hub and accelerator.is_main_process:
         HfApi().create_repo(arguments.push_to_hub, exist_ok=True)  # a missing login is noticed now
     model, processor = load_model(arguments)
@@ -830,7 +834,8 @@ def write_card(run: Run) -> str:
     if arguments.model:
         base = resolve_checkpoint(arguments.model)
         known = get_checkpoint(base)
-        header |= {"base_model": known.hub_id if known else base}
+        if known or not Path(base).exists():  # the Hub refuses cards that name a folder
+            header |= {"base_model": known.hub_id if known else base}
         header |= {"license": known.licence.lower()} if known else {}
     started = (
         f"from `{arguments.model}`" if arguments.model else f"from scratch, with backbone `{run.config.backbone}`"
@@ -917,11 +922,30 @@ def make_accelerator(arguments: argparse.Namespace) -> Accelerator:
         log_with=trackers or None,
         project_config=ProjectConfiguration(str(arguments.output_dir), logging_dir=str(arguments.output_dir / "logs")),
     )
-    if accelerator.distributed_type == DistributedType.FSDP:
-        # It would cast all weights, and BatchNorm cannot have those of half precision beside its float32 statistics.
-        # Autocast does what is wanted, as on one device.
-        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    # A launcher's environment may say something else, of which the number of steps here would not know.
+    accelerator.gradient_accumulation_steps = arguments.gradient_accumulation
+    set_up_sharding(accelerator, arguments)
     return accelerator
+
+
+def set_up_sharding(accelerator: Accelerator, arguments: argparse.Namespace) -> None:
+    """Tells FSDP or DeepSpeed what they need to know, where `accelerate config` has switched one of them on.
+
+    Both would cast all weights for mixed precision, and BatchNorm cannot have weights of half precision beside its
+    float32 statistics. Autocast does what is wanted, as on one device.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        settings["train_micro_batch_size_per_gpu"] = arguments.batch_size
+        settings["gradient_accumulation_steps"] = arguments.gradient_accumulation
+        settings["gradient_clipping"] = arguments.max_grad_norm
+        settings["zero_allow_untested_optimizer"] = True
+        half = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision)
+        if half is not None:
+            settings[accelerator.mixed_precision]["enabled"] = False
+            settings["torch_autocast"] = {"enabled": True, "dtype": half}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

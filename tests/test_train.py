@@ -1,27 +1,33 @@
 """scripts/train.py: what a run leaves behind, exact resuming, several processes, adapters, bad data and full disks."""
 
+import base64
 import functools
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import load_script, tiny_settings
+from huggingface_hub import ModelCard
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
-from birefnet_hf.data import TrainingDataset, load_pairs
+from birefnet_hf.data import SampleKey, TrainingDataset, build_augmentation, load_pairs
 from birefnet_hf.pipeline_birefnet import load_pipeline
 from birefnet_hf.training import (
     add_adapters,
@@ -124,18 +130,48 @@ def messages(caplog):
     return caplog
 
 
-class FakeHub:
-    calls: list[tuple[str, dict]] = []
+class UploadHub(BaseHTTPRequestHandler):
+    """Answers an upload as the Hub does, asking for all contents in the commit; `server.files` keeps them."""
 
-    def create_repo(self, repo_id: str, **kwargs) -> None:
-        self.calls.append(("create_repo", {"repo_id": repo_id}))
+    def do_POST(self):
+        request = self.rfile.read(int(self.headers["Content-Length"]))
+        answer = {}
+        if self.path.endswith("/repos/create"):
+            self.server.repository = json.loads(request)
+            answer = {"url": f"{self.server.url}/me/cutter"}
+        elif "/preupload/" in self.path:
+            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(request)["files"]]
+            answer = {"files": [file | {"shouldIgnore": False} for file in files]}
+        elif "/commit/" in self.path:
+            for entry in map(json.loads, request.splitlines()):
+                if entry["key"] == "file":
+                    self.server.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            answer = {"commitUrl": f"{self.server.url}/me/cutter/commit/1", "commitOid": "1"}
+        body = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
-    def upload_folder(self, **kwargs) -> None:
-        self.calls.append(("upload_folder", kwargs))
+    def log_message(self, *args) -> None:
+        pass
 
 
-def test_result_loads_and_is_documented(pairs, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "HfApi", FakeHub)
+@pytest.fixture
+def hub(monkeypatch):
+    """A server on this machine to which the script uploads, with the real client."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), UploadHub)
+    server.url, server.files, server.repository = f"http://127.0.0.1:{server.server_port}", {}, None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(train, "HfApi", functools.partial(train.HfApi, endpoint=server.url, token="hf_of_nobody"))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_result_loads_and_is_documented(pairs, tmp_path, hub):
     output = tmp_path / "run"
     more = ["--validation-fraction", 0.25, "--push-to-hub", "me/cutter", "--trackers", "tensorboard"]
     assert train.main(arguments(pairs, output, *more, "--task", "general")) == 0
@@ -165,8 +201,14 @@ def test_result_loads_and_is_documented(pairs, tmp_path, monkeypatch):
     assert list((output / "logs").rglob("events.out.tfevents.*"))
     assert [path.name for path in list_checkpoints(output / "checkpoints")] == ["step-00000003", "step-00000006"]
     assert not list(output.rglob(".partial-*"))
-    assert [name for name, _ in FakeHub.calls] == ["create_repo", "upload_folder"]
-    assert FakeHub.calls[1][1]["repo_id"] == "me/cutter"
+    assert hub.repository["name"] == "cutter" and hub.repository["organization"] == "me"
+    assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"} <= hub.files.keys()
+    assert not any(name.startswith(("best", "checkpoints", "logs", "samples", ".")) for name in hub.files)
+    for name, content in hub.files.items():
+        assert content == (output / name).read_bytes()
+    card = ModelCard(hub.files["README.md"].decode())
+    assert card.data.pipeline_tag == "image-segmentation" and card.data.base_model is None
+    assert 'load_pipeline("me/cutter")' in card.text
     assert train.main(arguments(pairs, output, *more)) == 1  # a finished run is not overwritten
 
 
@@ -224,17 +266,59 @@ def curve_of_batch_4(pairs, tmp_path_factory) -> list[float]:
     return curve(output)
 
 
-def test_two_processes_are_one_with_the_doubled_batch(pairs, tmp_path, curve_of_batch_4):
-    """Over gloo. With BatchNorm frozen: else each process normalises by its own half, see the last but one test."""
+def run_two_processes(program: Path, *argv: str) -> subprocess.CompletedProcess:
+    """Over gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    argv = arguments(pairs, tmp_path / "run", "--batch-norm", "frozen", **WITHOUT_DROPOUT)
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), str(SCRIPT)]
-    finished = run_python(*launcher, *argv)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    finished = run_python(*launcher, str(program), *argv)
     assert finished.returncode == 0, finished.stderr
     assert "2 process(es)" in finished.stderr
+    return finished
+
+
+def test_two_processes_are_one_with_the_doubled_batch(pairs, tmp_path, curve_of_batch_4):
+    """With BatchNorm frozen: else each process normalises by its own half, see the last but one test."""
+    run_two_processes(SCRIPT, *arguments(pairs, tmp_path / "run", "--batch-norm", "frozen", **WITHOUT_DROPOUT))
     assert curve(tmp_path / "run") == pytest.approx(curve_of_batch_4, rel=1e-4)
+
+
+# Accelerate shards on accelerators only, though torch can on CPUs: it is told of one.
+SHARDED = """
+import sys
+sys.path[:0] = [{scripts!r}]
+import train
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+PartialState(cpu=True)
+PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_sharded_training_is_the_same_and_resumes(pairs, tmp_path, monkeypatch, curve_of_batch_4):
+    """FSDP with the settings that `accelerate launch` makes of scripts/accelerate/fsdp.yaml, in float32."""
+    settings = yaml.safe_load((SCRIPT.parent / "accelerate" / "fsdp.yaml").read_text(encoding="utf-8"))["fsdp_config"]
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for name, value in settings.items():
+        name = name.upper().replace("LAYER_CLS", "CLS")
+        monkeypatch.setenv(name, str(value).lower() if isinstance(value, bool) else str(value))
+    program = tmp_path / "sharded.py"
+    program.write_text(SHARDED.format(scripts=str(SCRIPT.parent)), encoding="utf-8")
+    output = tmp_path / "run"
+    argv = arguments(pairs, output, "--batch-norm", "frozen", "--ema-decay", 0, **WITHOUT_DROPOUT)
+
+    run_two_processes(program, *argv)
+    assert curve(output) == pytest.approx(curve_of_batch_4, rel=1e-4)
+    weights = load_file(output / "model.safetensors")
+    assert BiRefNetForImageSegmentation.from_pretrained(output).num_parameters() > 0
+    shutil.rmtree(list_checkpoints(output / "checkpoints")[-1])
+    (output / "model.safetensors").unlink()
+    run_two_processes(program, *argv, "--resume")
+    assert_equal(load_file(output / "model.safetensors"), weights)
+    assert curve(output) == pytest.approx(curve_of_batch_4, rel=1e-4)
 
 
 def test_accumulated_batches_are_one_large_batch(pairs, tmp_path, curve_of_batch_4):
@@ -294,6 +378,31 @@ def test_trainer_of_transformers_scales_the_loss_under_accumulation(pairs, tmp_p
     moved = weights[0] - torch.cat([parameter.detach().flatten() for parameter in start.parameters()])
     assert moved.norm() > 0
     assert (weights[1] - weights[0]).norm() < 1e-3 * moved.norm()
+
+
+def test_trainer_of_transformers_augments_anew_in_each_epoch(pairs, tmp_path):
+    class Recorder(BiRefNetForImageSegmentation):
+        def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> object:
+            seen.append(pixel_values)
+            return super().forward(pixel_values, labels=labels)
+
+    seen: list[torch.Tensor] = []
+    processor = BiRefNetImageProcessor(size={"height": 64, "width": 64})
+    dataset = TrainingDataset(load_pairs(pairs).select([0, 3]), processor, build_augmentation("default"))
+    settings = TrainingArguments(
+        tmp_path,
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+    )
+    Trainer(Recorder(BiRefNetConfig(**tiny_settings())), settings, train_dataset=dataset).train()
+    assert len(seen) == 2
+    for epoch, batch in enumerate(seen):
+        expected = {float(dataset[SampleKey(index, epoch)]["pixel_values"].sum()) for index in (0, 1)}
+        assert {float(sample.sum()) for sample in batch} == expected
+    assert not torch.equal(dataset[SampleKey(0, 0)]["pixel_values"], dataset[SampleKey(0, 1)]["pixel_values"])
 
 
 def test_adapters_are_trained_saved_and_merged(pairs, tiny_model_dir, tmp_path):
