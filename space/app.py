@@ -567,7 +567,7 @@ def image_tab() -> None:
             slider = gr.ImageSlider(
                 type="filepath", format="png", label="Before and after", elem_classes="checkered", elem_id="slider"
             )
-            notice = gr.Markdown(elem_id="image-notice")
+            notice = gr.Markdown(label="Notice", elem_id="image-notice")
             download = gr.File(label="Download PNG", elem_id="image-file", elem_classes="result-file")
             with gr.Accordion("Mask", open=False):
                 mask = gr.Image(type="filepath", format="png", label="Alpha", image_mode="L", elem_id="mask")
@@ -611,7 +611,7 @@ def batch_tab() -> None:
                 elem_classes="checkered",
                 elem_id="gallery",
             )
-            report = gr.Markdown(elem_id="batch-report")
+            report = gr.Markdown(label="Report", elem_id="batch-report")
             archive = gr.File(label="Download ZIP", elem_id="batch-file", elem_classes="result-file")
     inputs, outputs = [files, *controls], [gallery, archive, report]
     shared = {
@@ -638,7 +638,7 @@ def video_tab() -> None:
             controls = option_controls()
         with gr.Column():
             result = gr.Video(label="Result", elem_classes="checkered", interactive=False, elem_id="video-result")
-            notice = gr.Markdown(elem_id="video-notice")
+            notice = gr.Markdown(label="Notice", elem_id="video-notice")
             download = gr.File(label="Download", elem_id="video-file", elem_classes="result-file")
     inputs, outputs = [video, video_format, smoothing, *controls], [result, download, notice]
     shared = {
