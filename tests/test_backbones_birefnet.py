@@ -8,7 +8,7 @@ from conftest import tiny_settings
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from birefnet_hf import BiRefNetConfig, backbone_timm_birefnet
+from birefnet_hf import BiRefNetConfig, backbone_swin_birefnet, backbone_timm_birefnet
 from birefnet_hf.backbone_swin_birefnet import (
     BiRefNetDropPath,
     BiRefNetSwinAttention,
@@ -17,6 +17,7 @@ from birefnet_hf.backbone_swin_birefnet import (
     merge_windows,
     partition_windows,
     shifted_window_mask,
+    stage_shift_mask,
 )
 from birefnet_hf.backbone_timm_birefnet import TIMM_NAMES, build_timm_backbone
 
@@ -86,16 +87,16 @@ def attend_in_loops(module: BiRefNetSwinAttention, grid: torch.Tensor, shift: in
 
 
 def attend(module: BiRefNetSwinAttention, tokens: torch.Tensor, shift: int) -> torch.Tensor:
-    height, width = (side + -side % WINDOW for side in tokens.shape[1:3])
-    mask = shifted_window_mask(height, width, WINDOW, shift, tokens.dtype, tokens.device) if shift else None
-    return module(tokens, shift, mask)[0]
+    return module(tokens, shift, stage_shift_mask(module.config, tokens) if shift else None)[0]
 
 
 @pytest.mark.parametrize("shift", [0, WINDOW // 2])
-@pytest.mark.parametrize("size", [(4, 4), (8, 12), (5, 7), (3, 2)])
+@pytest.mark.parametrize("size", [(4, 4), (8, 12), (5, 7), (3, 2), (1, 6), (13, 6), (15, 9)])
+@pytest.mark.parametrize("band_bytes", [1, 2**23], ids=["row by row", "at once"])
 @torch.no_grad()
-def test_window_attention(attention, size, shift):
+def test_window_attention(attention, size, shift, band_bytes, monkeypatch):
     """Every image of the batch on its own, sizes with and without padding, one window and several."""
+    monkeypatch.setattr(backbone_swin_birefnet, "BAND_BYTES", band_bytes)
     tokens = torch.randn(2, *size, 8, generator=torch.Generator().manual_seed(1))
     actual = attend(attention, tokens, shift)
     for image in range(2):
@@ -135,6 +136,38 @@ def test_patch_merging_pads_odd_sides():
             square = padded[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
             joined = torch.cat([square[:, 0, 0], square[:, 1, 0], square[:, 0, 1], square[:, 1, 1]], dim=-1)
             torch.testing.assert_close(output[:, row, column], merging.reduction(merging.norm(joined)))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 80)])
+def test_inference_in_pieces(size, monkeypatch):
+    """Bands of windows and chunks of tokens give what the whole maps under autograd give."""
+    monkeypatch.setattr(backbone_swin_birefnet, "BAND_BYTES", 1)
+    monkeypatch.setattr(backbone_swin_birefnet, "MLP_CHUNK_TOKENS", 7)
+    pixel_values = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(3))
+    backbone = randomise(BiRefNetSwinBackbone(swin_config()))
+    expected = backbone(pixel_values)
+    attended = []
+    for module in backbone.modules():
+        if isinstance(module, BiRefNetSwinAttention):
+            original = module.attend
+            module.attend = lambda *args, original=original, **kwargs: attended.append(1) or original(*args, **kwargs)
+    with torch.no_grad():
+        maps = backbone(pixel_values)
+    assert len(attended) > 2 * 8
+    for actual, wanted in zip(maps, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_mask_of_the_last_windows():
+    """Where attention goes through bands, four masks stand for those of a grid of any size."""
+    tokens, config = torch.zeros(1, 11, 17, 8), swin_config()
+    whole = stage_shift_mask(config, tokens).view(3, 5, 16, 16)
+    assert torch.equal(whole, shifted_window_mask(12, 20, 4, 2, tokens.dtype, tokens.device).view(3, 5, 16, 16))
+    with torch.no_grad():
+        kinds = stage_shift_mask(config, tokens)
+    for row in range(3):
+        for column in range(5):
+            assert torch.equal(whole[row, column], kinds[int(row == 2), int(column == 4)])
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 32), (70, 41), (33, 132)])

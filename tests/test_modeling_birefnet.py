@@ -14,9 +14,11 @@ from transformers import Trainer, TrainingArguments
 from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation
 from birefnet_hf.backbone_swin_birefnet import BiRefNetSwinBlock
 from birefnet_hf.modeling_birefnet import (
+    BiRefNetASPP,
     BiRefNetBatchNorm2d,
     BiRefNetDecoder,
     BiRefNetDeformableConv,
+    conv_pair,
     image_laplacian,
     pad_to_divisor,
     resize,
@@ -646,3 +648,96 @@ def test_predict_mask(inward_reference):
         results.append([logits, *torch.autograd.grad((logits * mask(2, 1, 32, 64)).sum(), inputs)])
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [(3, 3), (3, 8), (4, 5), (9, 7)], ids=str)
+def test_conv_pair(size):
+    """Two convolutions with a border of zeros each, with gradients."""
+    first, second = (nn.Conv2d(*channels, 3, padding=1).double() for channels in ((3, 6), (6, 2)))
+    pixel_values = image(2, 3, *size).double().requires_grad_()
+    inputs = [pixel_values, first.weight, first.bias, second.weight, second.bias]
+    results = []
+    for output in (conv_pair(*inputs), second(first(pixel_values))):
+        probe = image(*output.shape, seed=1).double()
+        results.append([output, *torch.autograd.grad((output * probe).sum(), inputs)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+def random_aspp(deformable: bool) -> BiRefNetASPP:
+    """In evaluation mode, with displacements and statistics."""
+    torch.manual_seed(0)
+    module = BiRefNetASPP(BiRefNetConfig(**tiny_settings()), 8, 6, deformable=deformable).double().eval()
+    for name, tensor in module.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 2)
+        elif tensor.is_floating_point():
+            tensor.normal_(std=0.3)
+    return module
+
+
+def naive_aspp(module: BiRefNetASPP, hidden_states: torch.Tensor) -> torch.Tensor:
+    """All branches, concatenation, projection, layer by layer."""
+
+    def deform(conv: BiRefNetDeformableConv) -> torch.Tensor:
+        modulator = 2 * conv.modulator_conv(hidden_states).sigmoid()
+        return conv.regular_conv(hidden_states, conv.offset_conv(hidden_states), modulator)
+
+    branches = []
+    for branch in (module.pointwise_branch, *module.wide_branches):
+        convolved = deform(branch.conv) if module.deformable else branch.conv(hidden_states)
+        branches.append(F.relu(branch.norm(convolved)))
+    pooled = module.global_branch(F.adaptive_avg_pool2d(hidden_states, 1))
+    branches.append(F.interpolate(pooled, hidden_states.shape[-2:], mode="bilinear", align_corners=True))
+    return F.relu(module.projection.norm(module.projection.conv(torch.cat(branches, dim=1))))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("deformable", [True, False], ids=["deformable", "dilated"])
+def test_attention_block(deformable, training):
+    """In chunks, branch by branch with gradients, and under autograd, against the concatenation of all branches."""
+    module, hidden_states = random_aspp(deformable), image(2, 8, 7, 6).double()
+    module.dropout.p = 0.0
+    module.train(training)
+    inputs = [hidden_states.requires_grad_(), *module.parameters()]
+    results = []
+    for output in (module(hidden_states), naive_aspp(module, hidden_states)):
+        probe = image(*output.shape, seed=1).double()
+        results.append([output, *torch.autograd.grad((output * probe).sum(), inputs)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        assert module.uses_chunks(hidden_states) == (deformable and not training)
+        torch.testing.assert_close(module(hidden_states), results[1][0], rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_modules_that_are_watched_are_called():
+    """A hook on any layer whose weights the network would otherwise read without calling it takes effect."""
+    module, hidden_states = random_aspp(deformable=True), image(1, 8, 5, 6).double()
+    expected = module(hidden_states)
+    for layer in (
+        module.projection.conv,
+        module.pointwise_branch.norm,
+        module.deformable_branches[1].conv.regular_conv,
+        module.deformable_branches[1].conv.offset_conv,
+    ):
+        calls = []
+        hook = layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        torch.testing.assert_close(module(hidden_states), expected, rtol=1e-9, atol=1e-9)
+        assert calls == [1]
+        hook.remove()
+
+
+def test_chunks_follow_the_weights(tiny_model):
+    """Nothing of the weights is kept between calls: changed in place, cast or loaded, they count at once."""
+    pixel_values = image(1, 3, 64, 64)
+    before = logits_of(tiny_model, pixel_values)
+    other = build(seed=1)
+    with torch.no_grad():
+        for parameter, changed in zip(tiny_model.parameters(), other.parameters(), strict=True):
+            parameter.copy_(changed)
+    expected = logits_of(other, pixel_values)
+    assert (expected - before).abs().max() > 1e-3
+    torch.testing.assert_close(logits_of(tiny_model, pixel_values), expected)
+    torch.testing.assert_close(logits_of(tiny_model.double(), pixel_values).float(), expected, rtol=1e-3, atol=1e-4)

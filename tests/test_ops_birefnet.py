@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from birefnet_hf import ops_birefnet
-from birefnet_hf.ops_birefnet import deform_conv2d
+from birefnet_hf.ops_birefnet import add_projected_deform_conv2d, deform_conv2d, is_plain_inference
 
 
 IMPLEMENTATIONS = ("torchvision", "gather")
@@ -239,3 +239,36 @@ class Operator(torch.nn.Module):
 def test_unknown_implementation():
     with pytest.raises(ValueError, match="'cuda' must be 'auto', 'torchvision' or 'gather'"):
         deform_conv2d(*random_inputs((1, 2, 4, 4), kernel_size=3), implementation="cuda")
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (2, 6, 13, 7), (3, 2, 1, 1)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 5e-2)], ids=str
+)
+def test_projected_in_chunks(shape, dtype, tolerance, monkeypatch):
+    """Against the convolution, the rest and the sum one after the other in float64; chunks end within images."""
+    monkeypatch.setattr(ops_birefnet, "GATHER_CHUNK_BYTES", 1)  # the least: 64 pixels
+    inputs = random_inputs(shape, kernel_size=3, dtype=dtype)
+    generator = torch.Generator().manual_seed(5)
+    bias, projection = torch.randn(5, generator=generator).to(dtype), torch.randn(4, 5, generator=generator).to(dtype)
+    before = torch.randn(shape[0], shape[2] * shape[3], 4, generator=generator)
+    total = before.to(torch.promote_types(dtype, torch.float32), copy=True)
+    add_projected_deform_conv2d(total, *inputs, bias, projection)
+    convolved = deform_conv2d(*(tensor.double() for tensor in inputs), "torchvision")
+    activated = F.relu(convolved + bias.double()[:, None, None])
+    expected = before.double() + (activated.flatten(2).transpose(1, 2) @ projection.double().t())
+    torch.testing.assert_close(total.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_plain_inference():
+    tensor = torch.zeros(1)
+    assert not is_plain_inference(tensor)  # autograd may want gradients
+    with torch.no_grad():
+        assert is_plain_inference(tensor)
+        assert not is_plain_inference(tensor.to("meta"))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not is_plain_inference(tensor)
+        seen = []
+        torch.func.vmap(lambda x: seen.append(is_plain_inference(x)) or x)(tensor)
+        torch.jit.trace(lambda x: seen.append(is_plain_inference(x)) or x, tensor, check_trace=False)
+        assert not any(seen)

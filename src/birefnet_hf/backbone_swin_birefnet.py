@@ -9,6 +9,13 @@ from transformers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_birefnet import BiRefNetConfig
+from .ops_birefnet import is_plain_inference
+
+
+# Bytes of queries, keys and values that inference on a CPU holds at a time: small enough to stay in a cache.
+BAND_BYTES = 8 * 2**20
+# Tokens whose wide inner features an MLP holds at a time there. Matrix products of fewer rows are slower.
+MLP_CHUNK_TOKENS = 4096
 
 
 def eager_attention_forward(
@@ -90,6 +97,42 @@ def shifted_window_mask(
     return torch.zeros(apart.shape, dtype=dtype, device=device).masked_fill(apart, float("-inf"))
 
 
+def insert(tensor: torch.Tensor, value: torch.Tensor, dim: int, index: int, count: int) -> torch.Tensor:
+    """Inserts `count` copies of `value`, which is of size 1 in all but the last dimension, along `dim` at `index`."""
+    if not count:
+        return tensor
+    shape = (*tensor.shape[:dim], count, *tensor.shape[dim + 1 :])
+    before, after = tensor.narrow(dim, 0, index), tensor.narrow(dim, index, tensor.shape[dim] - index)
+    return torch.cat((before, value.expand(shape), after), dim=dim)
+
+
+def remove(tensor: torch.Tensor, dim: int, index: int, count: int) -> torch.Tensor:
+    """The inverse of `insert`."""
+    if not count:
+        return tensor
+    after = index + count
+    parts = (tensor.narrow(dim, 0, index), tensor.narrow(dim, after, tensor.shape[dim] - after))
+    return torch.cat(parts, dim=dim)
+
+
+def works_in_bands(config: BiRefNetConfig, hidden_states: torch.Tensor) -> bool:
+    """Whether attention goes through the map in bands of windows: the same numbers with less memory."""
+    return config._attn_implementation == "sdpa" and is_plain_inference(hidden_states)
+
+
+def stage_shift_mask(config: BiRefNetConfig, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The mask of all shifted blocks for a map (B, H, W, C).
+
+    (windows, tokens, tokens); or, where attention goes through bands, (2, 2, tokens, tokens) for windows that are not in
+    the last row or are, and not in the last column or are.
+    """
+    size, like = config.window_size, (hidden_states.dtype, hidden_states.device)
+    if works_in_bands(config, hidden_states):
+        return shifted_window_mask(2 * size, 2 * size, size, size // 2, *like).unflatten(0, (2, 2))
+    height, width = (round_up(side, size) for side in hidden_states.shape[1:3])
+    return shifted_window_mask(height, width, size, size // 2, *like)
+
+
 class BiRefNetSwinAttention(nn.Module):
     """Window attention with a learned bias for each relative position."""
 
@@ -109,8 +152,8 @@ class BiRefNetSwinAttention(nn.Module):
     def position_bias(self) -> torch.Tensor:
         """(1, heads, window_size², window_size²)."""
         num_tokens = self.window_size**2
-        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
-        return bias.view(1, num_tokens, num_tokens, self.num_heads).permute(0, 3, 1, 2).contiguous()
+        bias = self.relative_position_bias_table.t()[:, self.relative_position_index.view(-1)]
+        return bias.view(1, self.num_heads, num_tokens, num_tokens)
 
     def forward(
         self, hidden_states: torch.Tensor, shift: int, shift_mask: torch.Tensor | None, **kwargs
@@ -118,37 +161,84 @@ class BiRefNetSwinAttention(nn.Module):
         """Attention within windows of a token grid, which are moved cyclically by `shift` tokens.
 
         The grid is padded to a multiple of the window before the shift. Padded tokens take part unmasked with a value
-        of zero before the qkv projection, as in the reference, so that their query, key and value are its bias: the
-        projection of all tokens runs on real ones only.
+        of zero before the qkv projection, as in the reference, so that their query, key and value are its bias: both
+        projections run on real tokens only.
 
         Args:
             hidden_states: (B, H, W, C).
             shift: 0, or half a window.
-            shift_mask: From `shifted_window_mask` for the padded grid, where `shift` is not 0.
+            shift_mask: What `stage_shift_mask` returns, where `shift` is not 0.
 
         Returns:
             (B, H, W, C) and, in eager attention, the weights (B * windows, heads, window_size², window_size²).
         """
-        batch_size, height, width, channels = hidden_states.shape
-        padded_height, padded_width = (round_up(size, self.window_size) for size in (height, width))
-
-        qkv = self.qkv(hidden_states)  # (B, H, W, 3C)
-        if (padded_height, padded_width) != (height, width):
-            real = qkv
+        batch_size, real_height, real_width, channels = hidden_states.shape
+        padded_height, padded_width = (round_up(size, self.window_size) for size in (real_height, real_width))
+        if real_height < shift or real_width < shift:  # less than half a window: as well padded from the start
+            missing = (0, 0, 0, padded_width - real_width, 0, padded_height - real_height)
+            hidden_states = F.pad(hidden_states, missing)
+        _, height, width, _ = hidden_states.shape
+        missing_rows, missing_columns = padded_height - height, padded_width - width
+        if shift:
+            hidden_states = torch.roll(hidden_states, shifts=(-shift, -shift), dims=(1, 2))
+        # Where the padding is after the shift: before the tokens that came round from the other side.
+        cut_row, cut_column = height - shift, width - shift
+        padding = None
+        if missing_rows or missing_columns:
             # The bias, asked of the module because adapters and offloaded weights take effect when it is called.
             padding = self.qkv(hidden_states.new_zeros(1, 1, 1, channels))
-            qkv = padding.expand(batch_size, padded_height, padded_width, -1).clone()
-            qkv[:, :height, :width] = real
+
+        bias = self.position_bias().to(hidden_states.dtype)
+        in_bands = works_in_bands(self.config, hidden_states)
+        band_height = padded_height
+        if in_bands:
+            window_row_bytes = (
+                batch_size * self.window_size * padded_width * 3 * channels * hidden_states.element_size()
+            )
+            band_height = min(padded_height, self.window_size * max(1, BAND_BYTES // window_row_bytes))
+            if shift:
+                shift_mask = bias + shift_mask[:, :, None]  # (2, 2, heads, tokens, tokens)
+
+        outputs, weights = [], None
+        for start in range(0, padded_height, band_height):
+            stop = min(start + band_height, padded_height)
+            first, last = (row - min(max(row - cut_row, 0), missing_rows) for row in (start, stop))
+            missing = ((1, max(cut_row - start, 0), stop - start - (last - first)), (2, cut_column, missing_columns))
+            qkv = self.qkv(hidden_states[:, first:last])  # (B, rows, W, 3C)
+            for place in missing:
+                qkv = insert(qkv, padding, *place)
+            if not in_bands:
+                mask = bias
+                if shift:
+                    mask = (bias + shift_mask[:, None]).repeat(batch_size, 1, 1, 1)
+                output, weights = self.attend(qkv, mask, **kwargs)
+            elif not shift:
+                output, _ = self.attend(qkv, bias, **kwargs)
+            else:
+                output = self.attend_shifted(qkv, shift_mask, is_last=stop == padded_height, **kwargs)
+            for place in reversed(missing):
+                output = remove(output, *place)
+            outputs.append(self.proj(output))
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         if shift:
-            qkv = torch.roll(qkv, shifts=(-shift, -shift), dims=(1, 2))
+            output = torch.roll(output, shifts=(shift, shift), dims=(1, 2))
+        return output[:, :real_height, :real_width], weights
+
+    def attend(self, qkv: torch.Tensor, mask: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention within each window of a grid.
+
+        Args:
+            qkv: (B, H, W, 3C), both sides multiples of the window.
+            mask: Added to the scores; broadcastable to (B * windows, heads, tokens, tokens).
+
+        Returns:
+            (B, H, W, C), and weights as `forward`.
+        """
+        batch_size, height, width, channels = qkv.shape
+        channels = channels // 3
         qkv = partition_windows(qkv, self.window_size)  # (B * windows, tokens, 3C)
         qkv = qkv.view(*qkv.shape[:2], 3, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)  # each (B * windows, heads, tokens, C / heads)
-
-        mask = self.position_bias().to(query.dtype)
-        if shift_mask is not None:
-            mask = (mask + shift_mask[:, None]).repeat(batch_size, 1, 1, 1)  # (B * windows, heads, tokens, tokens)
-
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -156,10 +246,26 @@ class BiRefNetSwinAttention(nn.Module):
             self, query, key, value, mask, dropout=0.0, scaling=self.scaling, is_causal=False, **kwargs
         )
         output = output.reshape(*output.shape[:2], channels)  # (B * windows, tokens, C)
-        output = merge_windows(output, self.window_size, batch_size, padded_height, padded_width)
-        if shift:
-            output = torch.roll(output, shifts=(shift, shift), dims=(1, 2))
-        return self.proj(output[:, :height, :width]), weights
+        return merge_windows(output, self.window_size, batch_size, height, width), weights
+
+    def attend_shifted(self, qkv: torch.Tensor, masks: torch.Tensor, is_last: bool, **kwargs) -> torch.Tensor:
+        """`attend` with a mask for those windows only that hold tokens from two sides: the last ones.
+
+        Args:
+            qkv: (B, H, W, 3C).
+            masks: (2, 2, heads, tokens, tokens) for windows of another row or the last one, and column likewise.
+            is_last: Whether these rows of windows are the last ones.
+        """
+        batch_size, height, width, channels = qkv.shape
+        last_row = height - self.window_size if is_last else height
+        last_column = width - self.window_size
+        output = qkv.new_empty(batch_size, height, width, channels // 3)
+        for row_kind, rows in enumerate((slice(0, last_row), slice(last_row, height))):
+            for column_kind, columns in enumerate((slice(0, last_column), slice(last_column, width))):
+                region = qkv[:, rows, columns]
+                if region.numel():
+                    output[:, rows, columns], _ = self.attend(region, masks[row_kind, column_kind][None], **kwargs)
+        return output
 
 
 class BiRefNetSwinMLP(nn.Module):
@@ -171,6 +277,11 @@ class BiRefNetSwinMLP(nn.Module):
         self.fc2 = nn.Linear(4 * channels, channels)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, C) → (B, H, W, C)."""
+        num_tokens = hidden_states.shape[:-1].numel()
+        if is_plain_inference(hidden_states) and num_tokens > MLP_CHUNK_TOKENS:
+            chunks = hidden_states.flatten(0, 2).split(MLP_CHUNK_TOKENS)
+            return torch.cat([self.fc2(F.gelu(self.fc1(chunk))) for chunk in chunks]).view(hidden_states.shape)
         return self.fc2(F.gelu(self.fc1(hidden_states)))
 
 
@@ -231,12 +342,12 @@ class BiRefNetSwinStage(nn.Module):
 
     def __init__(self, config: BiRefNetConfig, stage: int, drop_path: list[float]):
         super().__init__()
-        self.window_size = config.window_size
-        self.shift = config.window_size // 2
+        self.config = config
+        shift = config.window_size // 2
         channels = config.embed_dim * 2**stage
         self.blocks = nn.ModuleList(
             BiRefNetSwinBlock(
-                config, channels, config.num_heads[stage], shift=self.shift * (index % 2), drop_path=drop_path[index]
+                config, channels, config.num_heads[stage], shift=shift * (index % 2), drop_path=drop_path[index]
             )
             for index in range(config.depths[stage])
         )
@@ -244,15 +355,7 @@ class BiRefNetSwinStage(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, H, W, C) → this stage's output (B, H, W, C) and the next one's input (B, ⌈H/2⌉, ⌈W/2⌉, 2C)."""
-        _, height, width, _ = hidden_states.shape
-        shift_mask = shifted_window_mask(
-            round_up(height, self.window_size),
-            round_up(width, self.window_size),
-            self.window_size,
-            self.shift,
-            hidden_states.dtype,
-            hidden_states.device,
-        )
+        shift_mask = stage_shift_mask(self.config, hidden_states)
         for block in self.blocks:
             hidden_states = block(hidden_states, shift_mask, **kwargs)
         return hidden_states, None if self.downsample is None else self.downsample(hidden_states)
