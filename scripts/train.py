@@ -34,8 +34,8 @@ help; with batch 1 each picture is normalised by itself in training and by the r
 badly: use 2 or more, or `--batch-norm frozen` (running statistics, for fine-tuning), or on GPUs `--batch-norm sync`.
 
 Several processes: DDP works everywhere (on CPUs: `torchrun --nproc-per-node 2 scripts/train.py …`). FSDP and DeepSpeed are
-switched on by `accelerate config`; Accelerate runs them on accelerators only. They need --ema-decay 0, since an average
-needs whole weights, and for FSDP wrap by transformer layer: BiRefNetSwinBlock, BiRefNetDecoderLevel.
+switched on by a configuration of Accelerate, such as those in scripts/accelerate/; Accelerate runs them on accelerators
+only. They need --ema-decay 0, since an average needs whole weights.
 """
 
 import argparse
