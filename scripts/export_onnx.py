@@ -33,7 +33,7 @@ from torch.export import Dim
 from birefnet_hf import BiRefNetForImageSegmentation, BiRefNetImageProcessor
 from birefnet_hf.checkpoints_birefnet import resolve_checkpoint
 from birefnet_hf.modeling_birefnet import SIZE_DIVISOR
-from birefnet_hf.onnx_birefnet import ONNX_FILE_NAMES, BiRefNetOnnxForImageSegmentation
+from birefnet_hf.onnx_birefnet import ONNX_FILE_NAMES, BiRefNetOnnxForImageSegmentation, smallest_dynamic_side
 
 
 logger = logging.getLogger("export_onnx")
@@ -43,10 +43,10 @@ LOGITS_TOLERANCE = 1e-4
 # Rounding of half-precision features moves soft edges by a grey level; the mean shows what is wrong everywhere.
 ALPHA_TOLERANCE, MEAN_ALPHA_TOLERANCE = 8 / 255, 0.5 / 255
 
-# Traced at a size of which every stage's token grid needs padding, at both scales: a graph of the branch that pads holds
-# for any size, and for windows of 12 (Swin) and 5 (nano) alike.
-DYNAMIC_TRACE_SIZE = (224, 288)
-DYNAMIC_CHECK_SIZE = (160, 96)
+# For a graph of all sizes, every stage's token grid needs padding at both scales in what is traced, in both directions:
+# then it has the branches that pad, which are right for no padding, too. These sizes do so for windows of 12, 5 and 4.
+DYNAMIC_TRACE_SIZE = (352, 416)
+DYNAMIC_CHECK_SIZE = (384, 480)
 
 # Files that must belong to the same network and size for a second precision to be put beside the first.
 SETTINGS_FILES = ("config.json", "preprocessor_config.json")
@@ -146,8 +146,11 @@ def export(
         batch_size = 2  # 0 and 1 would be taken for constants
     if dynamic_size:
         size = DYNAMIC_TRACE_SIZE
-        # The runtime pads to multiples; a graph that did would hold expressions that tracing never gets done with.
-        dimensions |= {2: SIZE_DIVISOR * Dim("height_steps"), 3: SIZE_DIVISOR * Dim("width_steps")}
+        # The runtime class pads to multiples; a graph that did would hold expressions that tracing never gets done with.
+        least = smallest_dynamic_side(model.config) // SIZE_DIVISOR
+        dimensions |= {
+            axis: SIZE_DIVISOR * Dim(name, min=least) for axis, name in ((2, "height_steps"), (3, "width_steps"))
+        }
     with torch.no_grad():
         torch.onnx.export(
             LogitsOnly(model).eval(),
@@ -163,7 +166,7 @@ def export(
         )
 
 
-def test_pictures(batch_size: int, size: tuple[int, int], seed: int) -> torch.Tensor:
+def check_pictures(batch_size: int, size: tuple[int, int], seed: int) -> torch.Tensor:
     """Smooth random pictures of normalised colours with some noise, (batch_size, 3, *size)."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(batch_size, 3, 6, 6, generator=generator)
@@ -246,7 +249,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     sizes = [size] + [DYNAMIC_CHECK_SIZE] * arguments.dynamic_size
     batch_sizes = [arguments.batch_size] * 2 if arguments.batch_size else [1, 3]
-    pictures = [test_pictures(batch, side, seed=1) for batch, side in zip(batch_sizes, sizes, strict=False)]
+    pictures = [check_pictures(batch, side, seed=1) for batch, side in zip(batch_sizes, sizes, strict=False)]
     with torch.inference_mode():
         expected = [model(batch).logits for batch in pictures]
 
@@ -277,7 +280,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logger.setLevel(logging.INFO)  # only this script: the exporter says much
     try:
         run(arguments)
     except (ExportError, OSError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,14 @@ from .modeling_birefnet import SIZE_DIVISOR, BiRefNetImageSegmentationOutput, pa
 ONNX_FILE_NAMES = {torch.float32: "model.onnx", torch.float16: "model_fp16.onnx"}
 
 Runtime = Literal["onnxruntime", "openvino"]
+
+
+def smallest_dynamic_side(config: BiRefNetConfig) -> int:
+    """Least height and width in pixels of a graph for all sizes.
+
+    Below, Swin's coarsest map of the half-size image is smaller than half a window, for which there is another branch.
+    """
+    return max(1, 2 * (config.window_size // 2) - 1) * SIZE_DIVISOR if config.is_swin else SIZE_DIVISOR
 
 
 class _Session(NamedTuple):
@@ -55,17 +63,40 @@ def _open_with_onnxruntime(path: str, providers: Sequence[str] | None, num_threa
     return _Session(lambda pixels: session.run(["logits"], {graph_input.name: pixels})[0], shape)
 
 
+def _convert_deform_conv(node: Any) -> list[Any]:
+    """OpenVINO's operation for an ONNX DeformConv node, which its ONNX reader (2026.4) does not know."""
+    from openvino import opset8
+
+    feature_map, weight, offset, modulator = (node.get_input(index) for index in (0, 1, 2, 4))  # 3 is no bias
+    pads = list(node.get_attribute("pads"))  # top, left, bottom, right
+    operation = opset8.deformable_convolution(
+        feature_map,
+        offset,
+        weight,
+        strides=[1, 1],
+        pads_begin=pads[:2],
+        pads_end=pads[2:],
+        dilations=[1, 1],
+        mask=modulator,
+        bilinear_interpolation_pad=True,  # zeros outside, fading in, instead of dropping such samples
+    )
+    return operation.outputs()
+
+
 def _open_with_openvino(path: str, num_threads: int | None) -> _Session:
     try:
         import openvino
+        from openvino.frontend.onnx import ConversionExtension
     except ImportError as error:
         raise ImportError('runtime="openvino" needs OpenVINO: pip install "birefnet-hf[openvino]".') from error
     # It would choose half precision on processors that are fast at it.
     settings = {"INFERENCE_PRECISION_HINT": "f32"}
     if num_threads is not None:
         settings["INFERENCE_NUM_THREADS"] = num_threads
+    core = openvino.Core()
+    core.add_extension(ConversionExtension("DeformConv", _convert_deform_conv))
     try:
-        compiled = openvino.compile_model(path, "CPU", settings)
+        compiled = core.compile_model(core.read_model(path), "CPU", settings)
     except RuntimeError as error:
         raise ValueError(f"OpenVINO {openvino.__version__} cannot load {path}: {error}") from error
     shape = tuple(side.get_length() if side.is_static else None for side in compiled.input(0).partial_shape)
@@ -159,7 +190,8 @@ class BiRefNetOnnxForImageSegmentation:
     def __call__(self, pixel_values: torch.Tensor, **kwargs) -> BiRefNetImageSegmentationOutput:
         """Computes logits (B, 1, H, W) from (B, 3, H, W), on the device of `pixel_values`.
 
-        Graphs for any size take any, as the network does: sides that are no multiples of 32 are padded and cut back.
+        Graphs for all sizes take any from `smallest_dynamic_side` on, as the network does: sides that are no multiples
+        of 32 are padded and cut back.
 
         Raises:
             ValueError: the shape is not one that the file was exported for.
@@ -167,6 +199,11 @@ class BiRefNetOnnxForImageSegmentation:
         height, width = pixel_values.shape[-2:]
         pixels = pixel_values.to("cpu", torch.float32)
         if self.input_shape[2:] == (None, None):
+            least = smallest_dynamic_side(self.config)
+            if min(height, width) < least:
+                raise ValueError(
+                    f"pixel_values is {height}×{width}; this file takes sides of at least {least} pixels."
+                )
             pixels = pad_to_divisor(pixels)
         if pixels.dim() != 4 or any(
             expected not in (None, side) for side, expected in zip(pixels.shape, self.input_shape, strict=True)
@@ -191,4 +228,4 @@ class BiRefNetOnnxForImageSegmentation:
         return False
 
 
-__all__ = ["ONNX_FILE_NAMES", "BiRefNetOnnxForImageSegmentation"]
+__all__ = ["ONNX_FILE_NAMES", "BiRefNetOnnxForImageSegmentation", "smallest_dynamic_side"]

@@ -1,0 +1,245 @@
+"""Exported networks compute what PyTorch computes: ONNX Runtime, OpenVINO, torch.export, AOTInductor, int8 weights."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_script, tiny_settings
+
+from birefnet_hf import NANO, BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor, load_pipeline
+from birefnet_hf.onnx_birefnet import BiRefNetOnnxForImageSegmentation
+
+
+export_onnx = load_script(Path(__file__).parent.parent / "scripts" / "export_onnx.py")
+
+SIZE = (64, 96)
+
+
+def random_network(seed: int) -> BiRefNetForImageSegmentation:
+    """Two blocks of windows, one shifted, at the finest level; deformable convolutions that do displace."""
+    torch.manual_seed(seed)
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(**tiny_settings(depths=(2, 1, 1, 1)))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "offset_conv" in name or "modulator_conv" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+def save(model: BiRefNetForImageSegmentation, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    BiRefNetImageProcessor(size={"height": SIZE[0], "width": SIZE[1]}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def network_dir(tmp_path_factory) -> Path:
+    return save(random_network(seed=0), tmp_path_factory.mktemp("network") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def exported_dir(network_dir, tmp_path_factory) -> Path:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    output = tmp_path_factory.mktemp("exported") / "tiny"
+    assert export_onnx.main([str(network_dir), str(output), "--check", "onnxruntime"]) == 0
+    return output
+
+
+def pictures(batch_size: int, size: tuple[int, int] = SIZE, seed: int = 5) -> torch.Tensor:
+    return export_onnx.check_pictures(batch_size, size, seed)
+
+
+def logits_of(model, batch: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(pixel_values=batch).logits
+
+
+def check_same_logits(exported, model, batch: torch.Tensor) -> None:
+    expected = logits_of(model, batch)
+    assert expected.std() > 1e-3  # a flat output would agree with much
+    torch.testing.assert_close(logits_of(exported, batch), expected, rtol=0, atol=1e-4)
+
+
+def test_output_is_complete_and_nothing_else(exported_dir):
+    assert {path.name for path in exported_dir.iterdir()} == {
+        "model.onnx",
+        "config.json",
+        "preprocessor_config.json",
+    }
+    assert [path.name for path in exported_dir.parent.iterdir()] == ["tiny"]
+
+
+def test_graph_has_native_deformable_convolutions_and_any_batch_size(exported_dir):
+    import onnx
+
+    graph = onnx.load(exported_dir / "model.onnx").graph
+    kinds = [node.op_type for node in graph.node]
+    # Four levels and the squeeze module, each with one pointwise branch and those of three kernel sizes.
+    assert kinds.count("DeformConv") == 20
+    assert not {"GridSample", "GatherND", "Loop"} & set(kinds)
+    [graph_input], [graph_output] = graph.input, graph.output
+    assert (graph_input.name, graph_output.name) == ("pixel_values", "logits")
+    assert graph_input.type.tensor_type.shape.dim[0].dim_param
+
+
+def test_onnxruntime_agrees_with_pytorch(exported_dir, network_dir):
+    model = BiRefNetForImageSegmentation.from_pretrained(network_dir).eval()
+    exported = BiRefNetOnnxForImageSegmentation.from_pretrained(exported_dir, num_threads=1)
+    assert exported.input_shape == (None, 3, *SIZE)
+    for batch_size in (1, 3):
+        check_same_logits(exported, model, pictures(batch_size))
+
+
+def test_pipeline_runs_the_exported_file(exported_dir, network_dir, scene):
+    image, _ = scene
+    expected = np.asarray(load_pipeline(str(network_dir), device="cpu")(image), dtype=int)
+    pipe = load_pipeline(BiRefNetOnnxForImageSegmentation.from_pretrained(exported_dir))
+    assert pipe.image_processor.size.height == SIZE[0]
+    [cutout, _] = pipe([image, image], batch_size=2)
+    assert cutout.size == image.size and cutout.mode == "RGBA"
+    assert np.abs(np.asarray(cutout, dtype=int) - expected).max() <= 1
+
+
+def test_openvino_agrees_with_pytorch(exported_dir, network_dir):
+    pytest.importorskip("openvino")
+    model = BiRefNetForImageSegmentation.from_pretrained(network_dir).eval()
+    exported = BiRefNetOnnxForImageSegmentation.from_pretrained(exported_dir, runtime="openvino", num_threads=1)
+    check_same_logits(exported, model, pictures(3))
+
+
+def test_other_sizes_are_refused_with_the_size_it_takes(exported_dir):
+    exported = BiRefNetOnnxForImageSegmentation.from_pretrained(exported_dir)
+    with pytest.raises(ValueError, match=r"\(1, 3, 64, 64\).*exported for \(any, 3, 64, 96\).*--dynamic-size"):
+        exported(pictures(1, (64, 64)))
+
+
+def test_a_file_that_computes_something_else_is_not_kept(exported_dir, tmp_path, monkeypatch, caplog):
+    other = save(random_network(seed=1), tmp_path / "other")
+    monkeypatch.setattr(
+        export_onnx, "export", lambda model, path, *args: shutil.copy(exported_dir / "model.onnx", path)
+    )
+    output = tmp_path / "new" / "output"
+    assert export_onnx.main([str(other), str(output), "--check", "onnxruntime"]) == 1
+    assert "more than allowed (logits 0.0001): the file is not kept" in caplog.text
+    assert list(output.parent.iterdir()) == []
+
+
+def test_output_of_another_network_is_left_alone(exported_dir, network_dir, copy_of, caplog):
+    output = copy_of(exported_dir)
+    before = (output / "model.onnx").read_bytes()
+    assert export_onnx.main([str(network_dir), str(output), "--size", "64", "64", "--check", "onnxruntime"]) == 1
+    assert "belongs to another network or size (it differs in size)" in caplog.text
+    assert (output / "model.onnx").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "64", "100"], "multiples of 32"),
+        (["--opset", "18"], "opset 19"),
+        (["--batch-size", "0"], "at least 1"),
+    ],
+)
+def test_bad_arguments(arguments, message, network_dir, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        export_onnx.main([str(network_dir), str(tmp_path / "output"), *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_network_for_any_size_needs_one(network_dir, tmp_path, copy_of, caplog):
+    folder = copy_of(network_dir)
+    BiRefNetImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(folder)
+    assert export_onnx.main([str(folder), str(tmp_path / "output"), "--check", "onnxruntime"]) == 1
+    assert "give --size HEIGHT WIDTH" in caplog.text
+    assert not (tmp_path / "output").exists()
+
+
+def test_missing_runtimes_are_named(network_dir, exported_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ImportError, match=r"birefnet-hf\[onnx\]"):
+        BiRefNetOnnxForImageSegmentation.from_pretrained(exported_dir)
+    with pytest.raises(ImportError, match=r"birefnet-hf\[openvino\]"):
+        BiRefNetOnnxForImageSegmentation.from_pretrained(exported_dir, runtime="openvino")
+
+
+def test_wrong_choices_are_explained(network_dir, exported_dir, copy_of):
+    load = BiRefNetOnnxForImageSegmentation.from_pretrained
+    with pytest.raises(OSError, match=r"none of .*model\.onnx.*export_onnx"):
+        load(network_dir)
+    with pytest.raises(ValueError, match="runtime='tensorrt' is unknown"):
+        load(exported_dir, runtime="tensorrt")
+    with pytest.raises(ValueError, match="NoSuchProvider.*CPUExecutionProvider"):
+        load(exported_dir, providers=["NoSuchProvider"])
+    damaged = copy_of(exported_dir)
+    (damaged / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(ValueError, match=r"cannot load .*model\.onnx"):
+        load(damaged)
+
+
+def test_torch_export_agrees_with_eager():
+    model = random_network(seed=0)
+    with torch.no_grad():
+        program = torch.export.export(
+            export_onnx.LogitsOnly(model),
+            (pictures(2),),
+            dynamic_shapes=({0: torch.export.Dim("batch_size")},),
+        )
+        for batch_size in (1, 3):
+            batch = pictures(batch_size)
+            torch.testing.assert_close(program.module()(batch), model(batch).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_float16_beside_float32(exported_dir, network_dir, copy_of):
+    output = copy_of(exported_dir)
+    assert export_onnx.main([str(network_dir), str(output), "--dtype", "float16", "--check", "onnxruntime"]) == 0
+    assert (output / "model_fp16.onnx").stat().st_size < 0.75 * (output / "model.onnx").stat().st_size
+    batch = pictures(1)
+    both = [
+        logits_of(BiRefNetOnnxForImageSegmentation.from_pretrained(output, file_name=name), batch).sigmoid()
+        for name in ("model.onnx", "model_fp16.onnx")
+    ]
+    assert (both[0] - both[1]).abs().max() < 8 / 255
+
+
+@pytest.mark.slow
+def test_one_graph_for_all_sizes(network_dir, tmp_path):
+    output = tmp_path / "output"
+    assert export_onnx.main([str(network_dir), str(output), "--dynamic-size", "--check", "onnxruntime"]) == 0
+    model = BiRefNetForImageSegmentation.from_pretrained(network_dir).eval()
+    exported = BiRefNetOnnxForImageSegmentation.from_pretrained(output)
+    for size in ((384, 512), (500, 415)):  # the second is no multiple of 32
+        check_same_logits(exported, model, pictures(1, size))
+
+
+@pytest.mark.slow
+def test_trained_network_through_onnxruntime(tmp_path, scene):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    output = tmp_path / "nano"
+    assert export_onnx.main(["nano", str(output), "--check", "onnxruntime"]) == 0
+    image, mask = scene
+    expected = np.asarray(load_pipeline("nano", device="cpu")(image, output_type="mask"), dtype=int)
+    pipe = load_pipeline(BiRefNetOnnxForImageSegmentation.from_pretrained(output))
+    alpha = np.asarray(pipe(image, output_type="mask"), dtype=int)
+    assert ((alpha > 127) == mask).mean() > 0.95
+    assert np.abs(alpha - expected).max() <= 1
+
+
+@pytest.mark.slow
+def test_int8_weights_through_torchao(scene):
+    """The conversion of the README; how much accuracy it costs is written there."""
+    torchao = pytest.importorskip("torchao.quantization")
+    image, _ = scene
+    model = BiRefNetForImageSegmentation.from_pretrained(NANO, dtype=torch.float32).eval()
+    expected = np.asarray(load_pipeline(model)(image, output_type="mask"), dtype=int)
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    alpha = np.asarray(load_pipeline(model)(image, output_type="mask"), dtype=int)
+    difference = np.abs(alpha - expected)
+    assert difference.max() > 0  # it did something
+    assert difference.mean() < 2
