@@ -125,18 +125,12 @@ def load(
     return model, processor, tuple(model.config.image_size)
 
 
-def export(
-    model: BiRefNetForImageSegmentation,
-    path: Path,
-    size: tuple[int, int],
-    dynamic_size: bool,
-    batch_size: int | None,
-    opset: int,
-) -> None:
-    """Traces the network and writes the graph with its weights.
+def trace(
+    model: BiRefNetForImageSegmentation, size: tuple[int, int], dynamic_size: bool, batch_size: int | None
+) -> torch.export.ExportedProgram:
+    """Records what the network computes.
 
     Args:
-        path: File to write.
         size: (height, width) of the graph's input, unless `dynamic_size`.
         batch_size: None for any.
     """
@@ -151,17 +145,27 @@ def export(
         dimensions |= {
             axis: SIZE_DIVISOR * Dim(name, min=least) for axis, name in ((2, "height_steps"), (3, "width_steps"))
         }
+    picture = torch.zeros(batch_size, model.config.num_channels, *size)
+    with torch.no_grad():
+        return torch.export.export(
+            LogitsOnly(model).eval(),
+            (picture,),
+            dynamic_shapes=(dimensions,) if dimensions else None,
+            strict=False,  # symbolic execution of the Python code takes longer and knows less of it
+        )
+
+
+def write(program: torch.export.ExportedProgram, path: Path, opset: int) -> None:
+    """Turns the recording into a graph and writes it with its weights into one file."""
     with torch.no_grad():
         torch.onnx.export(
-            LogitsOnly(model).eval(),
-            (torch.zeros(batch_size, model.config.num_channels, *size),),
-            path,
+            program,
+            f=path,
             dynamo=True,
             external_data=False,
             opset_version=opset,
             input_names=["pixel_values"],
             output_names=["logits"],
-            dynamic_shapes=(dimensions,) if dimensions else None,
             verbose=False,
         )
 
@@ -266,9 +270,8 @@ def run(arguments: argparse.Namespace) -> None:
             arguments.dtype,
             "any size" if arguments.dynamic_size else f"{size[0]}×{size[1]}",
         )
-        export(
-            model.to(dtype), folder / file_name, size, arguments.dynamic_size, arguments.batch_size, arguments.opset
-        )
+        program = trace(model.to(dtype), size, arguments.dynamic_size, arguments.batch_size)
+        write(program, folder / file_name, arguments.opset)
         for runtime in arguments.check:
             check(expected, pictures, folder, file_name, runtime)
         output.mkdir(exist_ok=True)
