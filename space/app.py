@@ -664,8 +664,8 @@ def build_app() -> gr.Blocks:
     return app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
 
 
-def launch(**options: Any) -> Any:
-    """Serves the page; `options` go to Gradio's `launch`."""
+def launch(app: gr.Blocks, **options: Any) -> Any:
+    """Serves the page with its limits and looks; `options` go to Gradio's `launch`, whose answer it returns."""
     if os.environ.get("SPACES_ZERO_GPU"):
         MODELS.prepare(DEFAULT_MODEL)  # what is on the GPU before the start, ZeroGPU moves there fastest
     settings = {
@@ -674,9 +674,9 @@ def launch(**options: Any) -> Any:
         "max_file_size": MAX_FILE_MB * 2**20,
         "mcp_server": os.environ.get("BIREFNET_MCP") == "1",
     }
-    return build_app().launch(**(settings | options))
+    return app.launch(**(settings | options))
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the files of visitors are removed then, too
-    launch()
+    launch(build_app())

@@ -1,6 +1,7 @@
 """The Space's functions, and its endpoints as programs call them, on a tiny model."""
 
 import asyncio
+import base64
 import importlib.util
 import os
 import pickle
@@ -18,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
-import httpx
 import huggingface_hub
 import numpy as np
 import pytest
@@ -66,7 +66,7 @@ def app(tiny_model_dir):
 @pytest.fixture(scope="module")
 def url(app):
     demo = app.build_app()
-    yield demo.launch(prevent_thread_lock=True, quiet=True, max_file_size=5 * 2**20, mcp_server=True)[1]
+    yield app.launch(demo, prevent_thread_lock=True, quiet=True, max_file_size=5 * 2**20, mcp_server=True)[1]
     demo.close()
 
 
@@ -153,8 +153,7 @@ def test_tools_of_the_model_context_protocol(url, photo):
     from mcp import ClientSession
     from mcp.client.streamable_http import streamable_http_client
 
-    with photo.open("rb") as file:
-        [picture] = httpx.post(f"{url}gradio_api/upload", files={"files": file}).json()
+    picture = "data:image/png;base64," + base64.b64encode(photo.read_bytes()).decode()
 
     async def talk() -> tuple:
         async with streamable_http_client(f"{url.rstrip('/')}/gradio_api/mcp/") as (read, write, *_):

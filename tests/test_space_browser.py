@@ -1,9 +1,11 @@
 """The Space in a real headless Chromium: what a visitor does, down to the file on their disk."""
 
 import shutil
+import time
 import zipfile
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,20 +21,26 @@ playwright_api = pytest.importorskip(
 )
 pytest.importorskip("gradio", reason="gradio is not installed: pip install gradio")
 
-from test_space import load_app  # noqa: E402
-from test_video import read_alpha, write_video  # noqa: E402
+from test_space import UNKNOWN_MODEL, bomb, load_app  # noqa: E402
+from test_video import read_alpha, turn_clockwise, write_video  # noqa: E402
 
 
 WAIT = 60_000  # milliseconds
 
 
 @pytest.fixture(scope="module")
-def url(tiny_model_dir):
+def app(tiny_model_dir):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        app = load_app(tiny_model_dir, monkeypatch)
-        demo = app.build_app()
-        yield demo.launch(prevent_thread_lock=True, quiet=True, css=app.CSS)[1]
-        demo.close()
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        variables = {"BIREFNET_MODELS": f"nano,{UNKNOWN_MODEL}", "BIREFNET_MAX_PIXELS": "2000000"}
+        yield load_app(tiny_model_dir, monkeypatch, BIREFNET_MAX_FILE_MB="2", **variables)
+
+
+@pytest.fixture(scope="module")
+def url(app):
+    demo = app.build_app()
+    yield app.launch(demo, prevent_thread_lock=True, quiet=True)[1]
+    demo.close()
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +50,22 @@ def browser():
             yield chromium
 
 
-def open_page(browser, url: str, width: int = 1280, scheme: str = "light"):
-    page = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
+def open_page(browser, url: str, width: int = 1280, scheme: str = "light", tab: str = "Image"):
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page = context.new_page()
     page.set_default_timeout(WAIT)
     page.goto(url)
     page.locator("#start-image").wait_for()
+    if tab != "Image":
+        page.get_by_role("tab", name=tab).click()
     return page
+
+
+def upload(page, element: str, files: Path | list[Path]) -> None:
+    """Chooses files and waits until they have arrived."""
+    with page.expect_response(lambda response: "/upload?" in response.url or response.url.endswith("/upload")):
+        page.locator(f"{element} input[type=file]").set_input_files(files)
 
 
 def download(page, element: str, target: Path) -> Path:
@@ -63,49 +81,166 @@ def make_photo(path: Path, width: int = 60) -> Path:
     return path
 
 
+def toast(page, text: str) -> None:
+    """Waits for a message, which is no stack trace, and closes it."""
+    page.locator(".toast-body").filter(has_text=text).first.wait_for()
+    assert "Traceback" not in page.content()
+    page.locator(".toast-close").first.click()
+
+
 def test_two_users_upload_photos_and_download_their_own_alpha(browser, url, tmp_path):
     pages = {width: open_page(browser, url) for width in (60, 90)}
-    for width, page in pages.items():
-        page.locator("input[type=file]").first.set_input_files(make_photo(tmp_path / f"p{width}.png", width))
-        page.locator("img[alt]").first.wait_for(state="attached")
-    for page in pages.values():
-        page.wait_for_timeout(1500)
-        page.locator("#start-image").click()
+    for width, page in pages.items():  # an upload is all it takes
+        upload(page, "#photo", make_photo(tmp_path / f"p{width}.png", width))
     for width, page in pages.items():
         with Image.open(download(page, "#image-file", tmp_path / f"{width}.png")) as result:
             assert result.format == "PNG" and result.mode == "RGBA" and result.size == (width, 40)
             assert len(np.unique(np.asarray(result.getchannel("A")))) > 2
+        assert page.locator("#slider img").count() == 2
+
+
+def test_an_example_runs_in_one_click_with_the_options(browser, url, tmp_path):
+    page = open_page(browser, url)
+    page.get_by_role("button", name="Options").first.click()
+    page.get_by_label("Mask only").first.check()
+    page.locator("button.gallery-item, .gallery button").first.click()
+    with Image.open(download(page, "#image-file", tmp_path / "mask.png")) as result:
+        assert result.mode == "L"
+    # Behind the cut-out lies a checkerboard, not the page.
+    behind = page.locator("#slider img.fixed").evaluate("image => getComputedStyle(image).backgroundImage")
+    assert "conic-gradient" in behind
+
+
+def test_a_photo_is_pasted(browser, url, tmp_path):
+    page = open_page(browser, url)
+    photo = make_photo(tmp_path / "p.png")
+    page.evaluate(
+        """async bytes => {
+            const blob = new Blob([new Uint8Array(bytes)], {type: "image/png"});
+            await navigator.clipboard.write([new ClipboardItem({"image/png": blob})]);
+        }""",
+        list(photo.read_bytes()),
+    )
+    page.locator("#photo").get_by_role("button", name="Paste from clipboard").click()
+    page.locator("#photo img").wait_for()
+    page.locator("#start-image").click()
+    with Image.open(download(page, "#image-file", tmp_path / "out.png")) as result:
+        assert result.size == (60, 40)
+
+
+def test_photos_and_addresses_exclude_each_other(browser, url, tmp_path):
+    page = open_page(browser, url)
+    page.get_by_placeholder("https://").fill("http://127.0.0.1/a.png")
+    upload(page, "#photo", make_photo(tmp_path / "p.png"))
+    page.locator("#image-file a[download]").first.wait_for()
+    assert page.get_by_placeholder("https://").input_value() == ""
+    page.get_by_placeholder("https://").fill("http://127.0.0.1/a.png")
+    page.locator("#photo img").wait_for(state="detached")
+    page.get_by_placeholder("https://").press("Enter")
+    toast(page, "not public")
+
+
+@pytest.mark.parametrize("name", ["bomb.png", "broken.jpg", "large.png"])
+def test_bad_files_give_messages(browser, url, tmp_path, name):
+    page = open_page(browser, url)
+    path = tmp_path / name
+    if name == "bomb.png":
+        bomb(path)
+    else:
+        path.write_bytes(b"no image" if name == "broken.jpg" else bytes(3 * 2**20))
+    page.locator("#photo input[type=file]").set_input_files(path)
+    toast(page, {"bomb.png": "pixels are more than", "broken.jpg": "no image"}.get(name, "maximum allowed"))
+
+
+def test_a_model_that_cannot_be_fetched_is_noticed(browser, url, tmp_path):
+    page = open_page(browser, url)
+    page.get_by_role("button", name="Options").first.click()
+    page.get_by_label("Model").first.click()
+    page.get_by_role("option", name=UNKNOWN_MODEL.split("/")[1]).click()
+    upload(page, "#photo", make_photo(tmp_path / "p.png"))
+    page.locator("#image-notice").get_by_text("the small built-in model nano was used").wait_for()
+    page.locator("#image-file a[download]").first.wait_for()
+
+
+@pytest.mark.parametrize("tab", ["Image", "Batch", "Video"])
+def test_loading_a_model_shows_a_message(browser, app, url, tmp_path, monkeypatch, tab):
+    page = open_page(browser, url, tab=tab)
+    if tab == "Video":
+        upload(page, "#video", write_video(tmp_path / "clip.mp4", num_frames=2))
+        page.locator("#video video").wait_for()
+    elif tab == "Batch":
+        upload(page, "#batch-input", [make_photo(tmp_path / "a.png"), make_photo(tmp_path / "b.png")])
+    monkeypatch.setattr(app, "MODELS", app.ModelCache(1))  # nothing is loaded any more
+    real = app.MODELS.load
+
+    def slow(name: str) -> object:
+        time.sleep(3)
+        return real(name)
+
+    app.MODELS.load = slow
+    if tab == "Image":
+        upload(page, "#photo", make_photo(tmp_path / "p.png"))
+    else:
+        page.locator(f"#start-{tab.lower()}").click()
+    page.get_by_text("Loading the model").first.wait_for()
+    element = {"Image": "#image-file", "Batch": "#batch-file", "Video": "#video-file"}[tab]
+    page.locator(f"{element} a[download]").first.wait_for()
+    assert page.get_by_text("Loading the model").count() == 0
 
 
 def test_batch_with_a_broken_file(browser, url, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
-    page = open_page(browser, url)
-    page.get_by_role("tab", name="Batch").click()
-    page.locator("#batch-input input[type=file]").set_input_files([make_photo(tmp_path / "a.png"), broken])
-    page.wait_for_timeout(1500)
+    page = open_page(browser, url, tab="Batch")
+    upload(page, "#batch-input", [make_photo(tmp_path / "a.png"), broken])
+    page.locator("#batch-input tr.file").nth(1).wait_for()
     page.locator("#start-batch").click()
     page.get_by_text("1 done, 1 failed").wait_for()
     assert "broken.png" in page.locator("#batch-report").inner_text()
+    assert page.locator("#gallery img").count() == 1
     with zipfile.ZipFile(download(page, "#batch-file", tmp_path / "all.zip")) as archive:
         assert archive.namelist() == ["a.png"]
 
 
-def test_video(browser, url, tmp_path):
-    page = open_page(browser, url)
-    page.get_by_role("tab", name="Video").click()
-    source = write_video(tmp_path / "clip.mp4", num_frames=3)
-    page.locator("input[type=file][accept*=video]").first.set_input_files(source)
-    page.wait_for_timeout(2000)
+def test_a_phones_video_becomes_webm(browser, url, tmp_path):
+    page = open_page(browser, url, tab="Video")
+    upload(page, "#video", turn_clockwise(write_video(tmp_path / "clip.mp4", num_frames=3, sound=True)))
+    page.locator("#video video").wait_for()
     page.locator("#start-video").click()
-    assert len(read_alpha(download(page, "#video-file", tmp_path / "out.webm"))) == 3
+    alphas = read_alpha(download(page, "#video-file", tmp_path / "out.webm"))
+    assert [alpha.shape for alpha in alphas] == [(64, 48)] * 3
+    shown = page.locator("#video-result video")
+    shown.wait_for()
+    page.wait_for_function("document.querySelector('#video-result video').videoWidth == 48")
+
+
+def test_prores_with_smoothing(browser, url, tmp_path):
+    page = open_page(browser, url, tab="Video")
+    upload(page, "#video", write_video(tmp_path / "clip.mp4", num_frames=3))
+    page.locator("#video video").wait_for()
+    page.get_by_label("Result").first.click()
+    page.get_by_role("option", name="ProRes").click()
+    page.get_by_label("Smoothing over time").first.fill("0.5")
+    page.locator("#start-video").click()
+    assert len(read_alpha(download(page, "#video-file", tmp_path / "out.mov"))) == 3
+
+
+def test_mp4_wants_a_background(browser, url, tmp_path):
+    page = open_page(browser, url, tab="Video")
+    upload(page, "#video", write_video(tmp_path / "clip.mp4", num_frames=2))
+    page.locator("#video video").wait_for()
+    page.get_by_label("Result").first.click()
+    page.get_by_role("option", name="MP4").click()
+    page.locator("#start-video").click()
+    toast(page, "MP4 has no transparency")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_everything_and_a_bad_address_a_message(browser, url, scheme):
     page = open_page(browser, url, width=375, scheme=scheme)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    for tab in ("Batch", "Video", "Image"):
+        page.get_by_role("tab", name=tab).click()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 375
     page.get_by_placeholder("https://").fill("http://127.0.0.1/a.png")
     page.locator("#start-image").click()
-    page.get_by_text("not public").first.wait_for()
-    assert "Traceback" not in page.content()
+    toast(page, "not public")

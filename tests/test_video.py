@@ -1,5 +1,8 @@
 """Videos are cut out frame by frame, with their alpha, sound and times."""
 
+import struct
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -33,6 +36,16 @@ def write_video(path: Path, num_frames: int = 6, size: tuple[int, int] = (64, 48
             frame.rate, frame.pts, frame.time_base = 48000, 0, Fraction(1, 48000)
             container.mux(audio.encode(frame))
             container.mux(audio.encode(None))
+    return path
+
+
+def turn_clockwise(path: Path) -> Path:
+    """Notes in an MP4 file that it is to be shown turned by 90 degrees, as phones do that are held upright."""
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 4 + 40  # type, then 40 bytes of other fields (ISO 14496-12, version 0)
+    values = [0, 0x10000, 0, -0x10000, 0, 0, 48 << 16, 0, 0x40000000]
+    content[matrix : matrix + 36] = struct.pack(">9i", *values)
+    path.write_bytes(content)
     return path
 
 
@@ -86,6 +99,43 @@ def test_mp4_shows_the_new_background_and_keeps_sound_and_length(tmp_path):
     with av.open(str(target)) as container:
         loudness = max(np.abs(frame.to_ndarray()).max() for frame in container.decode(audio=0))
     assert loudness > 0.1
+
+
+def test_a_phones_video_is_turned_upright(tmp_path):
+    """The square, left of the middle and above it in the file, is right of it and above after a turn to the right."""
+    source = turn_clockwise(write_video(tmp_path / "in.mp4", num_frames=2))
+    target = cut_out_video(source, tmp_path / "out.mov", brightness_mask, refine=False)
+    alphas = read_alpha(target)
+    assert [alpha.shape for alpha in alphas] == [(64, 48)] * 2
+    rows, columns = np.nonzero(alphas[0] > 0.5)
+    # In the file it covers columns 5 to 24 and rows 10 to 29 of 48.
+    assert abs(rows.mean() - 14.5) < 2 and abs(columns.mean() - (47 - 19.5)) < 2
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_length(tmp_path):
+    """Peak memory of a fresh process for 20 and for 200 frames of 640×480 pixels."""
+    script = tmp_path / "measure.py"
+    script.write_text(
+        """
+import resource, sys
+from birefnet_hf import load_pipeline
+from birefnet_hf.video import cut_out_video
+pipe = load_pipeline("nano", device="cpu", size=64)
+cut_out_video(sys.argv[1], sys.argv[2], pipe)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+""",
+        encoding="utf-8",
+    )
+
+    def peak(num_frames: int) -> float:
+        source = write_video(tmp_path / f"{num_frames}.mp4", num_frames, size=(640, 480), sound=True)
+        command = [sys.executable, str(script), str(source), str(tmp_path / f"{num_frames}.webm")]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]) / 1024
+
+    short, long = peak(20), peak(200)
+    # The frames of the longer one would take 180 × 640 × 480 × 4 bytes = 211 MiB.
+    assert long - short < 40, (short, long)
 
 
 def test_smoothing_mixes_masks_of_one_scene_only(tmp_path):
