@@ -278,8 +278,8 @@ class BiRefNetSwinMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) → (B, H, W, C)."""
-        num_tokens = hidden_states.shape[:-1].numel()
-        if is_plain_inference(hidden_states) and num_tokens > MLP_CHUNK_TOKENS:
+        # In this order, since `numel` would fix symbolic sizes while the network is exported.
+        if is_plain_inference(hidden_states) and hidden_states.shape[:-1].numel() > MLP_CHUNK_TOKENS:
             chunks = hidden_states.flatten(0, 2).split(MLP_CHUNK_TOKENS)
             return torch.cat([self.fc2(F.gelu(self.fc1(chunk))) for chunk in chunks]).view(hidden_states.shape)
         return self.fc2(F.gelu(self.fc1(hidden_states)))
