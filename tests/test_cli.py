@@ -7,6 +7,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import typer
@@ -227,6 +228,17 @@ def test_what_cannot_be_loaded_is_explained(option, message, tmp_path, tiny_mode
     result = CliRunner().invoke(app, ["a.jpg", "-o", "out", *(text for pair in options.items() for text in pair)])
     assert result.exit_code == 2
     assert message in unwrap(result.output)
+
+
+def test_without_a_network_the_package_offers_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    photo = write_image(tmp_path / "a.jpg")
+    name = "nobody/there-is-no-such-model"
+    result = CliRunner().invoke(app, [str(photo), "-o", str(tmp_path / "out"), "--model", name, "--device", "cpu"])
+    assert result.exit_code == 2
+    assert f"Cannot load {name}" in result.output
+    assert "--model nano" in result.output
 
 
 def test_help_names_every_alias_and_option():

@@ -502,6 +502,10 @@ def load(
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         typer.echo(f"Cannot load {model}: {error}", err=True)
+        if isinstance(error, OSError) and not os.path.exists(model):
+            typer.echo(
+                "Without a network there is --model nano: small and coarse, it ships with the package.", err=True
+            )
         raise typer.Exit(2) from error
     typer.echo(f"{model} on {pipe.device}, {str(pipe.dtype).removeprefix('torch.')}", err=True)
     return pipe
