@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo space test test-slow quality style nano clean
+.PHONY: demo notebook space test test-slow quality style nano clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,9 @@ nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=folder-of
 	$(BIN)/python scripts/train.py --config scripts/nano/large.yaml --data $(CUTOUTS) \
 		--backgrounds scripts/nano/backgrounds --model runs/nano/small --output-dir runs/nano/large
 	$(BIN)/python scripts/nano/pack.py runs/nano/large runs/nano/small
+
+notebook: $(READY)  ## run the quick start notebook and save its pictures
+	PYTHONWARNINGS="ignore:IProgress" $(BIN)/jupyter-execute --inplace notebooks/quickstart.ipynb
 
 test: $(READY) quality  ## lint and the default test suite
 	$(BIN)/python -m pytest
