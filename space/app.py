@@ -272,7 +272,7 @@ def prepare_model(name: str, progress: gr.Progress) -> tuple[str, str]:
         As `ModelCache.prepare`.
     """
     if not MODELS.is_ready(name):
-        progress(0, desc=f"Loading the model {name}, the first time it is downloaded")
+        progress(0, desc=f"Loading the model {name} (takes a while the first time)")
     name, notice = MODELS.prepare(name)
     if notice:
         gr.Warning(notice)
@@ -322,7 +322,7 @@ def cut_out_image(
         image: The photo, a file.
         url: Address of a photo on the web, instead of a file.
         model: One of the models on offer.
-        size: Side in pixels at which the network sees the photo, or "Model's own".
+        size: Side in pixels at which the network sees the photo, "Model's own", or "As the photo, up to 2304".
         refine: Whether to take the old background's colour out of soft edges.
         background: "Transparent", "Colour", "Image" or "Blur".
         colour: Colour of the background, such as "#ffffff".
@@ -372,7 +372,7 @@ def cut_out_batch(
     Args:
         files: The photos.
         model: One of the models on offer.
-        size: Side in pixels at which the network sees the photos, or "Model's own".
+        size: Side in pixels at which the network sees the photos, "Model's own", or "As the photo, up to 2304".
         refine: Whether to take the old background's colour out of soft edges.
         background: "Transparent", "Colour", "Image" or "Blur".
         colour: Colour of the background, such as "#ffffff".
@@ -474,7 +474,7 @@ def cut_out_clip(
         video_format: "WebM, transparent", "ProRes 4444, transparent" or "MP4, on a background".
         smoothing: Share of the frames before in each mask, 0 to 0.9; calms flicker.
         model: One of the models on offer.
-        size: Side in pixels at which the network sees frames, or "Model's own".
+        size: Side in pixels at which the network sees frames, "Model's own", or "As the photo, up to 2304".
         refine: Whether to take the old background's colour out of soft edges.
         background: "Transparent", "Colour", "Image" or "Blur".
         colour: Colour of the background, such as "#ffffff".
