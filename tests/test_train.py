@@ -14,6 +14,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -105,7 +106,7 @@ def curve(output: Path) -> list[float]:
 
 def run_python(*command: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=900)
 
 
 def assert_equal(one: object, other: object) -> None:
@@ -284,36 +285,46 @@ def test_two_processes_are_one_with_the_doubled_batch(pairs, tmp_path, curve_of_
     assert curve(tmp_path / "run") == pytest.approx(curve_of_batch_4, rel=1e-4)
 
 
-# Accelerate shards on accelerators only, though torch can on CPUs: it is told of one.
+# Accelerate shards on accelerators only, though FSDP and DeepSpeed can on CPUs, too: it is told of one.
 SHARDED = """
-import sys
+import os, sys
 sys.path[:0] = [{scripts!r}]
 import train
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 PartialState(cpu=True)
-PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+if {kind!r} == "fsdp":
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+else:
+    import deepspeed.ops
+    deepspeed.ops.__compatible_ops__ = dict.fromkeys(deepspeed.ops.__compatible_ops__, False)  # not to compile any
+    del os.environ["ACCELERATE_USE_CPU"]
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
 sys.exit(train.main(sys.argv[1:]))
 """
 
 
 @pytest.mark.slow
-def test_sharded_training_is_the_same_and_resumes(pairs, tmp_path, monkeypatch, curve_of_batch_4):
-    """FSDP with the settings that `accelerate launch` makes of scripts/accelerate/fsdp.yaml, in float32."""
-    settings = yaml.safe_load((SCRIPT.parent / "accelerate" / "fsdp.yaml").read_text(encoding="utf-8"))["fsdp_config"]
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    for name, value in settings.items():
-        name = name.upper().replace("LAYER_CLS", "CLS")
+@pytest.mark.parametrize("kind", ["fsdp", "deepspeed"])
+def test_sharded_training_is_the_same_and_resumes(kind, pairs, tmp_path, monkeypatch, curve_of_batch_4):
+    """With the settings that `accelerate launch` makes of scripts/accelerate/, in float32."""
+    if kind == "deepspeed":
+        pytest.importorskip("deepspeed")
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    file = SCRIPT.parent / "accelerate" / f"{kind}.yaml"
+    for name, value in yaml.safe_load(file.read_text(encoding="utf-8"))[f"{kind}_config"].items():
+        name = name.upper().replace("LAYER_CLS", "CLS") if kind == "fsdp" else f"ACCELERATE_DEEPSPEED_{name.upper()}"
         monkeypatch.setenv(name, str(value).lower() if isinstance(value, bool) else str(value))
     program = tmp_path / "sharded.py"
-    program.write_text(SHARDED.format(scripts=str(SCRIPT.parent)), encoding="utf-8")
+    program.write_text(SHARDED.format(scripts=str(SCRIPT.parent), kind=kind), encoding="utf-8")
     output = tmp_path / "run"
     argv = arguments(pairs, output, "--batch-norm", "frozen", "--ema-decay", 0, **WITHOUT_DROPOUT)
 
     run_two_processes(program, *argv)
     assert curve(output) == pytest.approx(curve_of_batch_4, rel=1e-4)
-    weights = load_file(output / "model.safetensors")
     assert BiRefNetForImageSegmentation.from_pretrained(output).num_parameters() > 0
+    weights = load_file(output / "model.safetensors")
     shutil.rmtree(list_checkpoints(output / "checkpoints")[-1])
     (output / "model.safetensors").unlink()
     run_two_processes(program, *argv, "--resume")
@@ -541,6 +552,35 @@ def test_wrong_settings_are_explained(wrong, message, capsys):
     with pytest.raises(SystemExit):
         train.parse_arguments(wrong)
     assert message in capsys.readouterr().err
+
+
+def test_all_sources_of_data_are_reached_from_the_command_line(pairs, tmp_path):
+    def lengths(*given: object) -> tuple[int, int]:
+        fixed = ["--output-dir", "x", "--backbone", "y"]
+        parts = train.load_data(train.parse_arguments([*map(str, given), *fixed]), (64, 64))
+        for part in parts:
+            for row in [] if part is None else part:
+                assert row["image"].mode == "RGB" and row["image"].size == row["mask"].size and row["mask"].getbbox()
+        return tuple(0 if part is None else len(part) for part in parts)
+
+    for subset, numbers in (("DIS-TR", range(4)), ("DIS-TE1", range(4, 6)), ("DIS-VD", range(6, 7))):
+        for name in ("im", "gt"):
+            (tmp_path / "DIS5K" / subset / name).mkdir(parents=True)
+            for number in numbers:
+                shutil.copy(pairs / name / f"{number}.png", tmp_path / "DIS5K" / subset / name)
+    table = datasets.Dataset.from_dict({"before": [draw_pair(0)[0]] * 3, "after": [draw_pair(0)[1]] * 3})
+    table = table.cast_column("before", datasets.Image()).cast_column("after", datasets.Image())
+    datasets.DatasetDict({"train": table, "test": table.select([0])}).save_to_disk(str(tmp_path / "saved"))
+
+    dis = tmp_path / "DIS5K"
+    joined = ["--data", dis, "--subsets", "DIS-TR", "DIS-TE1"]
+    assert lengths(*joined, "--validation-data", dis, "--validation-subsets", "DIS-VD") == (6, 1)
+    assert lengths(*joined, "--validation-fraction", 0.5) == (3, 3)
+    folders = ["--data", pairs / "im", "--masks", pairs / "gt"]
+    assert lengths(*folders, "--validation-data", pairs / "im", "--validation-masks", pairs / "gt") == (8, 8)
+    columns = ["--data", tmp_path / "saved", "--image-column", "before", "--mask-column", "after"]
+    assert lengths(*columns, "--validation-data", tmp_path / "saved", "--validation-split", "test") == (3, 1)
+    assert lengths("--data", pairs, "--cutouts", "--validation-data", pairs, "--validation-samples", 2) == (8, 2)
 
 
 def test_held_out_cutouts_are_not_composed_into_training_pictures(tmp_path):
