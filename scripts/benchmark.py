@@ -1,19 +1,24 @@
 r"""Measures latency, memory and accuracy, each row in a fresh process, and prints a table; `--json FILE` writes it too.
 
-    # Inference: dtypes × sizes, of this package and of a checkout of the reference with the same weights:
-    python scripts/benchmark.py --backbone swin_v1_t --sizes 1024 --dtypes float32 bfloat16 --reference BiRefNet
+    # Inference: backends × dtypes × sizes, and a checkout of the reference with the same weights:
+    python scripts/benchmark.py --backbone swin_v1_t --sizes 512 1024 --dtypes float32 bfloat16 \
+        --backends eager compile --reference BiRefNet
 
     # A training step (forward, dis losses, backward, AdamW) against the reference's:
-    python scripts/benchmark.py train --backbone swin_v1_t --sizes 512 --batch-size 2 --reference BiRefNet
+    python scripts/benchmark.py train --backbone swin_v1_t --sizes 512 --batch-size 2 --reference BiRefNet \
+        --backends eager checkpointing
 
 Weights are random, with deformable convolutions that do displace. Rounds alternate between the rows, each in a process
-of its own, so that the load of a busy machine falls on all; the median and the minimum over all runs are given. Peak
-memory is the process's. The difference is that of the logits from the first row's of the same size: the reference's
-where a checkout is given, else torchvision's deformable convolution, in float32.
+of its own, so that the load of a busy machine falls on all; the median and the minimum over all runs are given, after a
+first one that does not count (compilation is part of that; `--no-warm-up` counts it). CPU seconds are the minimum over
+all runs, too: on a busy machine, compare these, with `--threads 1`. Peak memory is the process's. The difference is that
+of the logits from the first row's of the same size: the reference's where a checkout is given, else torchvision's
+deformable convolution, in float32.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import platform
 import resource
@@ -108,9 +113,10 @@ def reference_loss(model: torch.nn.Module) -> Callable[[torch.Tensor, torch.Tens
 
 
 def measure(row: Row) -> Row:
-    """What a fresh process does for one row: times `repeats` runs after a first one."""
-    is_reference = row["backend"] == "reference"
-    if row["backend"] == "torchvision":
+    """What a fresh process does for one row: times `repeats` runs, after a first one unless that is to count."""
+    backend = row["backend"]
+    is_reference = backend == "reference"
+    if backend == "torchvision":
         choose = ops_birefnet.deform_conv2d.__defaults__
         ops_birefnet.deform_conv2d.__defaults__ = (*choose[:-1], "torchvision")
     torch.set_num_threads(row["threads"])
@@ -120,6 +126,10 @@ def measure(row: Row) -> Row:
     dtype = getattr(torch, row["dtype"])
     image = torch.randn(shape, generator=generator).to(dtype)
     model = model.to(dtype)
+    if backend == "compile":
+        model.compile()
+    elif backend == "checkpointing":
+        model.activation_checkpointing_enable()
 
     if row["task"] == "train":
         labels = (torch.rand(shape[0], 1, *shape[2:], generator=generator) > 0.5).to(dtype)
@@ -137,15 +147,18 @@ def measure(row: Row) -> Row:
         def step() -> torch.Tensor | None:
             return model(image)[-1] if is_reference else model(image).logits
 
-    output = step()
-    seconds = []
-    for _ in range(row["repeats"]):
-        start = time.perf_counter()
+    if row["warm_up"]:
         step()
+    seconds, cpu_seconds = [], []
+    for _ in range(row["repeats"]):
+        start, cpu_start = time.perf_counter(), time.process_time()
+        output = step()
         seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
     if output is not None:
         torch.save(output.float(), row["output"])
-    return {"seconds": seconds, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_gb": peak_gb}
 
 
 def run_in_fresh_process(row: Row) -> Row:
@@ -161,11 +174,13 @@ def run_rows(rows: Sequence[Row], rounds: int) -> list[Row]:
     for _ in range(rounds):
         for row in rows:
             result = run_in_fresh_process(row)
-            row["seconds"] = row.get("seconds", []) + result["seconds"]
+            for name in ("seconds", "cpu_seconds"):
+                row[name] = row.get(name, []) + result[name]
             row["peak_gb"] = max(row.get("peak_gb", 0), result["peak_gb"])
     baselines = {}
     for row in rows:
         row["median_s"], row["min_s"] = statistics.median(row["seconds"]), min(row["seconds"])
+        row["cpu_s"] = min(row["cpu_seconds"])
         row["images_per_s"] = row["batch_size"] / row["median_s"]
         row["difference"] = None
         if Path(row["output"]).is_file():
@@ -176,13 +191,14 @@ def run_rows(rows: Sequence[Row], rounds: int) -> list[Row]:
 
 
 def print_table(rows: Sequence[Row]) -> None:
-    print("| backend | dtype | size | median s | min s | images/s | peak GB | max difference |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| backend | dtype | size | median s | min s | CPU s | images/s | peak GB | max difference |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         difference = "" if row["difference"] is None else f"{row['difference']:.1e}"
         print(
             f"| {row['backend']} | {row['dtype']} | {row['batch_size']}×{row['size']}² | {row['median_s']:.2f} "
-            f"| {row['min_s']:.2f} | {row['images_per_s']:.3f} | {row['peak_gb']:.2f} | {difference} |"
+            f"| {row['min_s']:.2f} | {row['cpu_s']:.2f} | {row['images_per_s']:.3f} | {row['peak_gb']:.2f} "
+            f"| {difference} |"
         )
 
 
@@ -192,10 +208,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backbone", default="swin_v1_t", help="name as in BiRefNetConfig")
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON of further BiRefNetConfig settings")
     parser.add_argument("--reference", type=Path, help="checkout of ZhengPeng7/BiRefNet, to be measured too")
+    parser.add_argument(
+        "--backends",
+        nargs="+",
+        default=["eager"],
+        choices=("eager", "compile", "checkpointing"),
+        help="how this package runs; checkpointing is for training",
+    )
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16"))
     parser.add_argument("--sizes", nargs="+", type=int, default=[1024], help="pixels, of square images")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1, help="timed runs in each process")
+    parser.add_argument("--no-warm-up", dest="warm_up", action="store_false", help="count each process's first run")
     parser.add_argument("--rounds", type=int, default=1, help="processes for each row")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="file for all numbers")
@@ -208,6 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.worker is not None:
         print(json.dumps(measure(args.worker)))
         return 0
+    if args.task == "inference" and "checkpointing" in args.backends:
+        raise SystemExit("--backends checkpointing is for training: give the task, benchmark.py train.")
     if args.reference is not None and not (args.reference / "models" / "birefnet.py").is_file():
         raise SystemExit(f"--reference {args.reference} holds no models/birefnet.py: give a checkout of BiRefNet.")
     with tempfile.TemporaryDirectory() as folder:
@@ -218,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "reference": str(args.reference.resolve()) if args.reference else None,
             "batch_size": args.batch_size,
             "repeats": args.repeats,
+            "warm_up": args.warm_up,
             "threads": args.threads,
         }
         if args.reference is not None:
@@ -225,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         baseline = "reference" if args.reference else "torchvision"
         rows = []
         for size in args.sizes:
-            cases = [(baseline, "float32"), *(("birefnet_hf", dtype) for dtype in args.dtypes)]
+            cases = [(baseline, "float32"), *itertools.product(args.backends, args.dtypes)]
             for backend, dtype in cases:
                 output = str(Path(folder) / f"{len(rows)}.pt")
                 rows.append(
@@ -233,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
         rows = run_rows(rows, args.rounds)
     machine = {
-        "machine": platform.processor() or platform.machine(),
+        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "system": platform.platform(),
         "threads": args.threads,
         "python": platform.python_version(),

@@ -28,19 +28,22 @@ def test_inference(benchmark, tmp_path, capsys):
     """Both implementations give the same logits up to rounding, and bfloat16 nearly the same."""
     content = run(benchmark, tmp_path, "--dtypes", "float32", "bfloat16", "--repeats", "2")
     baseline, single, half = content["rows"]
-    assert [row["backend"] for row in content["rows"]] == ["torchvision", "birefnet_hf", "birefnet_hf"]
+    assert [row["backend"] for row in content["rows"]] == ["torchvision", "eager", "eager"]
     assert baseline["difference"] == 0
     assert 0 < single["difference"] < 1e-4 < half["difference"] < 0.5
     for row in content["rows"]:
         assert len(row["seconds"]) == 2 and 0 < row["min_s"] <= row["median_s"]
+        assert row["cpu_s"] == min(row["cpu_seconds"]) > 0
         assert 0.05 < row["peak_gb"] < 4
     table = capsys.readouterr().out
-    assert table.count("| birefnet_hf | ") == 2 and "threads 1" in table
+    assert table.count("| eager | ") == 2 and "threads 1" in table
 
 
 @pytest.mark.slow
 def test_training_step(benchmark, tmp_path):
-    content = run(benchmark, tmp_path, "train", "--batch-size", "2")
+    arguments = ("--batch-size", "2", "--backends", "eager", "checkpointing", "--no-warm-up")
+    content = run(benchmark, tmp_path, "train", *arguments)
+    assert [row["backend"] for row in content["rows"]] == ["torchvision", "eager", "checkpointing"]
     for row in content["rows"]:
         assert row["images_per_s"] == pytest.approx(2 / row["median_s"])
 
@@ -48,3 +51,8 @@ def test_training_step(benchmark, tmp_path):
 def test_not_a_checkout(benchmark, tmp_path):
     with pytest.raises(SystemExit, match="holds no models/birefnet.py"):
         benchmark.main(["--reference", str(tmp_path)])
+
+
+def test_checkpointing_is_for_training(benchmark):
+    with pytest.raises(SystemExit, match="benchmark.py train"):
+        benchmark.main(["--backends", "checkpointing"])
