@@ -2,17 +2,18 @@ r"""Exports a BiRefNet to an ONNX file, checks that the file computes the same, 
 
     python scripts/export_onnx.py ZhengPeng7/BiRefNet exported
     python scripts/export_onnx.py lite exported --size 512 512 --dtype float16
-    python scripts/export_onnx.py nano exported --dynamic-size --check onnxruntime openvino
+    python scripts/export_onnx.py nano exported --check onnxruntime openvino
 
 MODEL is a Hub id, a directory or an alias. OUTPUT gets model.onnx (model_fp16.onnx for float16), config.json and
 preprocessor_config.json, and is all that `BiRefNetOnnxForImageSegmentation.from_pretrained(OUTPUT)` needs.
 
 The graph maps `pixel_values`, float32 (batch_size, 3, height, width) from the image processor, to `logits`, float32
-(batch_size, 1, height, width). Deformable convolutions are ONNX's own DeformConv, so that an opset of 19 or later and a
-runtime that has it are needed: ONNX Runtime 1.28 or OpenVINO 2025 at least. The check runs pictures of another batch size
-than the traced one, and with --dynamic-size of other sizes, through the runtime and through PyTorch in float32.
+(batch_size, 1, height, width). Deformable convolutions are ONNX's own DeformConv, which takes opset 19 or later and ONNX
+Runtime 1.28 or later; OpenVINO, which cannot read them by itself, runs the file by
+`BiRefNetOnnxForImageSegmentation.from_pretrained(OUTPUT, runtime="openvino")`. The check runs pictures of another batch
+size than the traced one, and with --dynamic-size of other sizes, through the runtime and through PyTorch in float32.
 
-Needs `pip install "birefnet-hf[onnx]"`. Takes minutes and some 10 GB for a Swin-L at 1024×1024.
+Needs `pip install "birefnet-hf[onnx]"`, and minutes of time.
 """
 
 import argparse
@@ -78,7 +79,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="input size; default the checkpoint's"
     )
     parser.add_argument(
-        "--dynamic-size", action="store_true", help="one graph for all sizes; tracing takes minutes even for nano"
+        "--dynamic-size",
+        action="store_true",
+        help="one graph for all sizes (experimental, and tracing takes many minutes)",
     )
     parser.add_argument("--batch-size", type=int, help="fix it; any batch size by default")
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of weights and arithmetic")
