@@ -42,6 +42,11 @@ def workplace(tmp_path, tiny_model_dir, monkeypatch):
         for name in ("a", "b"):
             grey = photo.convert("L").resize((113, 75))
             grey.point(lambda level: 255 * (level > 100)).save(tmp_path / "masks" / f"{name}.png")
+        (tmp_path / "cutouts").mkdir()
+        for number in range(4):
+            cutout = photo.convert("RGB").resize((113, 75))
+            cutout.putalpha(Image.radial_gradient("L").resize((113, 75)).point(lambda level: 255 - level))
+            cutout.save(tmp_path / "cutouts" / f"{number}.png")
     (tmp_path / "my-birefnet").symlink_to(tiny_model_dir)
     torch.save(load_file(tiny_model_dir / "model.safetensors"), tmp_path / "epoch_244.pth")
     return lambda text: text.replace("ZhengPeng7/BiRefNet", str(tiny_model_dir))
@@ -76,6 +81,17 @@ def test_commands(command, workplace, tiny_model_dir):
         if arguments[-2:] == ["my-birefnet", "--verify"]:  # which this command is to create
             Path("my-birefnet").unlink()
         assert runpy.run_path(str(ROOT / arguments[0]))["main"](arguments[1:]) in (None, 0)
+
+
+def test_launched_commands_are_understood():
+    """The data and the processes are another matter: tests/test_train.py."""
+    lines = [line for _, code in BLOCKS for line in code.splitlines() if line.startswith("accelerate launch")]
+    assert len(lines) >= 2
+    for line in lines:
+        option, config, script, *arguments = shlex.split(line)[2:]
+        assert option == "--config_file" and (ROOT / config).is_file()
+        settings = runpy.run_path(str(ROOT / script))["parse_arguments"](arguments)
+        assert settings.ema_decay == 0
 
 
 def test_checkpoint_table_is_complete():
