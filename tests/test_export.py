@@ -21,7 +21,8 @@ SIZE = (64, 96)
 def random_network(seed: int) -> BiRefNetForImageSegmentation:
     """Two blocks of windows, one shifted, at the finest level; deformable convolutions that do displace."""
     torch.manual_seed(seed)
-    model = BiRefNetForImageSegmentation(BiRefNetConfig(**tiny_settings(depths=(2, 1, 1, 1)))).eval()
+    settings = tiny_settings(depths=(2, 1, 1, 1), deformable_kernel_sizes=(3,))  # little, for tracing takes long
+    model = BiRefNetForImageSegmentation(BiRefNetConfig(**settings)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "offset_conv" in name or "modulator_conv" in name:
@@ -90,8 +91,8 @@ def test_graph_has_native_deformable_convolutions_and_any_batch_size(exported_di
 
     graph = onnx.load(exported_dir / "model.onnx").graph
     kinds = [node.op_type for node in graph.node]
-    # Four levels and the squeeze module, each with one pointwise branch and those of three kernel sizes.
-    assert kinds.count("DeformConv") == 20
+    # Four levels and the squeeze module, each with a pointwise and a 3×3 branch.
+    assert kinds.count("DeformConv") == 10
     assert not {"GridSample", "GatherND", "Loop"} & set(kinds)
     [graph_input], [graph_output] = graph.input, graph.output
     assert (graph_input.name, graph_output.name) == ("pixel_values", "logits")
