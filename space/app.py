@@ -589,7 +589,7 @@ def image_tab() -> None:
     )
     examples.load_input_event.then(cut_out_image, inputs, outputs, api_visibility="private", **shared)
     # A photo and an address never stand there together, or it would not be clear which one is meant.
-    url.input(None, None, photo, js="() => null", api_visibility="private")
+    url.input(lambda: None, None, photo, queue=False, show_progress="hidden", api_visibility="private")
     for event in (photo.upload, examples.load_input_event.then):
         event(None, None, url, js="() => ''", api_visibility="private")
 

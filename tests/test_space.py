@@ -42,6 +42,7 @@ SPACE = Path(__file__).parent.parent / "space"
 def load_app(model: Path, monkeypatch: pytest.MonkeyPatch, **variables: str) -> ModuleType:
     """The Space's app.py as a module, started with these environment variables."""
     monkeypatch.setenv("BIREFNET_MODEL", str(model))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # which the app sets: an app that runs already gets its own back
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     spec = importlib.util.spec_from_file_location("space_app", SPACE / "app.py")
