@@ -27,6 +27,14 @@ COMMANDS = [
 ]
 
 
+def tests_of(texts: list[str]) -> list:
+    """The texts as parameters of a test; tracing a network for its export takes most of a minute."""
+    return [
+        pytest.param(text, marks=pytest.mark.slow if '"exported"' in text or "export_onnx" in text else ())
+        for text in texts
+    ]
+
+
 @pytest.fixture
 def workplace(tmp_path, tiny_model_dir, monkeypatch):
     """A folder with the files that the README names; returns a function that puts the tiny checkpoint into a text."""
@@ -56,15 +64,17 @@ def test_the_readme_has_what_is_tested():
     assert len(PYTHON) >= 6 and len(COMMANDS) >= 7
 
 
-@pytest.mark.parametrize("index", range(len(PYTHON)))
-def test_python_blocks(index, workplace):
-    code = workplace(PYTHON[index])
+@pytest.mark.parametrize("block", tests_of(PYTHON))
+def test_python_blocks(block, workplace):
+    code = workplace(block)
+    if '"exported"' in code:
+        runpy.run_path(str(ROOT / "scripts" / "export_onnx.py"))["main"](["my-birefnet", "exported"])
     if "save_pretrained" in code:
         Path("my-birefnet").unlink()
-    exec(compile(code, f"README block {index}", "exec"), {})
+    exec(compile(code, "a block of the README", "exec"), {})
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", tests_of(COMMANDS))
 def test_commands(command, workplace, tiny_model_dir):
     program, *arguments = shlex.split(workplace(command))
     if program == "birefnet":
