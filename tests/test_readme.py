@@ -27,7 +27,7 @@ COMMANDS = [
 ]
 
 
-def tests_of(texts: list[str]) -> list:
+def as_parameters(texts: list[str]) -> list:
     """The texts as parameters of a test; tracing a network for its export takes most of a minute."""
     return [
         pytest.param(text, marks=pytest.mark.slow if '"exported"' in text or "export_onnx" in text else ())
@@ -64,7 +64,7 @@ def test_the_readme_has_what_is_tested():
     assert len(PYTHON) >= 6 and len(COMMANDS) >= 7
 
 
-@pytest.mark.parametrize("block", tests_of(PYTHON))
+@pytest.mark.parametrize("block", as_parameters(PYTHON))
 def test_python_blocks(block, workplace):
     code = workplace(block)
     if '"exported"' in code:
@@ -74,7 +74,7 @@ def test_python_blocks(block, workplace):
     exec(compile(code, "a block of the README", "exec"), {})
 
 
-@pytest.mark.parametrize("command", tests_of(COMMANDS))
+@pytest.mark.parametrize("command", as_parameters(COMMANDS))
 def test_commands(command, workplace, tiny_model_dir):
     program, *arguments = shlex.split(workplace(command))
     if program == "birefnet":
