@@ -189,7 +189,8 @@ class BiRefNetSwinAttention(nn.Module):
             padding = self.qkv(hidden_states.new_zeros(1, 1, 1, channels))
 
         bias = self.position_bias().to(hidden_states.dtype)
-        in_bands = works_in_bands(self.config, hidden_states)
+        # By the mask where there is one: reentrant checkpointing turns autograd off after the mask was made.
+        in_bands = shift_mask.ndim == 4 if shift else works_in_bands(self.config, hidden_states)
         band_height = padded_height
         if in_bands:
             window_row_bytes = (
