@@ -208,10 +208,16 @@ def test_batch_with_a_broken_file(visitors, url, tmp_path):
         assert archive.namelist() == ["a.png"]
 
 
-def test_a_phones_video_becomes_webm(visitors, url, tmp_path):
-    page = open_page(visitors, url, tab="Video")
-    upload(page, "#video", turn_clockwise(write_video(tmp_path / "clip.mp4", num_frames=3, sound=True)))
+def open_video(context, url: str, video: Path):
+    """A page with a video that is ready to be worked on."""
+    page = open_page(context, url, tab="Video")
+    upload(page, "#video", video)
     page.locator("#video video").wait_for()
+    return page
+
+
+def test_a_phones_video_becomes_webm(visitors, url, tmp_path):
+    page = open_video(visitors, url, turn_clockwise(write_video(tmp_path / "clip.mp4", num_frames=3, sound=True)))
     page.locator("#start-video").click()
     alphas = read_alpha(download(page, "#video-file", tmp_path / "out.webm"))
     assert [alpha.shape for alpha in alphas] == [(64, 48)] * 3
@@ -221,9 +227,7 @@ def test_a_phones_video_becomes_webm(visitors, url, tmp_path):
 
 
 def test_prores_with_smoothing(visitors, url, tmp_path):
-    page = open_page(visitors, url, tab="Video")
-    upload(page, "#video", write_video(tmp_path / "clip.mp4", num_frames=3))
-    page.locator("#video video").wait_for()
+    page = open_video(visitors, url, write_video(tmp_path / "clip.mp4", num_frames=3))
     page.get_by_label("Result").first.click()
     page.get_by_role("option", name="ProRes").click()
     page.get_by_label("Smoothing over time").first.fill("0.5")
@@ -232,9 +236,7 @@ def test_prores_with_smoothing(visitors, url, tmp_path):
 
 
 def test_mp4_wants_a_background(visitors, url, tmp_path):
-    page = open_page(visitors, url, tab="Video")
-    upload(page, "#video", write_video(tmp_path / "clip.mp4", num_frames=2))
-    page.locator("#video video").wait_for()
+    page = open_video(visitors, url, write_video(tmp_path / "clip.mp4", num_frames=2))
     page.get_by_label("Result").first.click()
     page.get_by_role("option", name="MP4").click()
     page.locator("#start-video").click()

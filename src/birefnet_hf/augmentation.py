@@ -43,17 +43,28 @@ def _uniform(low: float, high: float) -> float:
     return low + (high - low) * float(torch.rand(()))
 
 
-class RandomCrop(nn.Module):
-    """Keeps a random part of image and mask: each side `smallest` to 1 of its length. Never crops the object away."""
+class _RandomChange(nn.Module):
+    """Something that happens to an image 3×H×W and its mask 1×H×W with some probability."""
 
-    def __init__(self, smallest: float, probability: float) -> None:
+    def __init__(self, probability: float = 1.0) -> None:
         super().__init__()
-        self.smallest = smallest
         self.probability = probability
 
     def forward(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not _chance(self.probability):
-            return image, mask
+        return self.change(image, mask) if _chance(self.probability) else (image, mask)
+
+    def change(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+
+class RandomCrop(_RandomChange):
+    """Keeps a random part of image and mask: each side `smallest` to 1 of its length. Never crops the object away."""
+
+    def __init__(self, smallest: float, probability: float) -> None:
+        super().__init__(probability)
+        self.smallest = smallest
+
+    def change(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         height, width = (max(1, round(length * _uniform(self.smallest, 1.0))) for length in image.shape[-2:])
         top = int(torch.randint(image.shape[-2] - height + 1, ()))
         left = int(torch.randint(image.shape[-1] - width + 1, ()))
@@ -63,19 +74,13 @@ class RandomCrop(nn.Module):
         return functional.crop(image, top, left, height, width), cropped
 
 
-class BicubicRotation(nn.Module):
+class BicubicRotation(_RandomChange):
     """Turns image and mask by whole degrees in [-15, 14] about the centre, black outside, as upstream does.
 
     torchvision turns tensors at most bilinearly. Source: image_proc.py, `random_rotate`.
     """
 
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not _chance(self.probability):
-            return image, mask
+    def change(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         angle = np.deg2rad(int(torch.randint(-15, 15, ())))
         height, width = image.shape[-2:]
         # In the unit coordinates of `grid_sample` both axes have length 2, whatever the picture's shape.
@@ -112,7 +117,7 @@ def adjust_sharpness(image: tv_tensors.Image, factor: float) -> tv_tensors.Image
     return tv_tensors.wrap(adjusted, like=image)
 
 
-class RandomColour(nn.Module):
+class RandomColour(_RandomChange):
     """Changes brightness, contrast, saturation and sharpness by factors from the given ranges, in steps of 0.1."""
 
     def __init__(
@@ -123,33 +128,24 @@ class RandomColour(nn.Module):
         sharpness: tuple[float, float],
         probability: float = 1.0,
     ) -> None:
-        super().__init__()
+        super().__init__(probability)
         self.steps = (
             (functional.adjust_brightness, brightness),
             (functional.adjust_contrast, contrast),
             (functional.adjust_saturation, saturation),
             (adjust_sharpness, sharpness),
         )
-        self.probability = probability
 
-    def forward(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not _chance(self.probability):
-            return image, mask
+    def change(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         for adjust, (low, high) in self.steps:
             image = adjust(image, int(torch.randint(round(10 * low), round(10 * high) + 1, ())) / 10)
         return image, mask
 
 
-class SaltAndPepper(nn.Module):
+class SaltAndPepper(_RandomChange):
     """Sets 0.15 % of the pixels to black or white."""
 
-    def __init__(self, probability: float = 1.0) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not _chance(self.probability):
-            return image, mask
+    def change(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pixels = image.flatten(1).clone()  # (3, height * width)
         count = int(0.0015 * pixels.shape[1])
         where = torch.randint(pixels.shape[1], (count,))
@@ -157,19 +153,13 @@ class SaltAndPepper(nn.Module):
         return tv_tensors.wrap(pixels.view(image.shape), like=image), mask
 
 
-class BackgroundSynthesis(nn.Module):
+class BackgroundSynthesis(_RandomChange):
     """Puts the foreground on one colour: grey (0.4), near its own mean colour (0.4), or any (0.2).
 
     The foreground's colours are taken as they are: what shone through soft edges stays. Source: dataset.py:104-127.
     """
 
-    def __init__(self, probability: float = 1.0) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if not _chance(self.probability):
-            return image, mask
+    def change(self, image: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         alpha = mask.as_subclass(torch.Tensor)
         kind = float(torch.rand(()))
         if kind < 0.4:

@@ -24,6 +24,7 @@ import typer
 from tqdm import tqdm
 
 from .checkpoints_birefnet import CHECKPOINTS
+from .image_loading import is_url
 
 
 if TYPE_CHECKING:
@@ -93,10 +94,6 @@ class Job:
 
     source: str
     target: Path
-
-
-def is_url(source: str) -> bool:
-    return source.startswith(("http://", "https://"))
 
 
 def find_inputs(arguments: Iterable[str], output: Path) -> tuple[list[Input], list[str]]:

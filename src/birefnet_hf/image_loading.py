@@ -50,6 +50,11 @@ class ImageLoadError(ValueError):
     """An image cannot be read; the message names it and the reason."""
 
 
+def is_url(source: str) -> bool:
+    """Whether a name stands for something on the web, where it might as well be a file's."""
+    return source.startswith(("http://", "https://"))
+
+
 def load_image(
     source: ImageSource,
     *,
@@ -324,4 +329,4 @@ def save_image(image: Image.Image, path: str | os.PathLike[str], **parameters: A
         temporary.unlink(missing_ok=True)
 
 
-__all__ = ["ImageLoadError", "ImageSource", "fetch", "load_image", "save_image"]
+__all__ = ["ImageLoadError", "ImageSource", "fetch", "is_url", "load_image", "save_image"]

@@ -238,7 +238,7 @@ class BiRefNetConvNormReLU(nn.Module):
 
     def activate(self, convolved: torch.Tensor) -> torch.Tensor:
         """What follows the convolution."""
-        return F.relu(self.norm(convolved), inplace=not torch.is_grad_enabled())
+        return F.relu(self.norm(convolved), inplace=True)
 
 
 class BiRefNetASPP(nn.Module):

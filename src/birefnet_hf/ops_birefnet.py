@@ -1,6 +1,6 @@
 """Deformable convolution v2 behind one function: torchvision's operator, and a gather that is faster on CPUs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -46,8 +46,7 @@ def deform_conv2d(
         (B, out_channels, H, W) in the dtype of `feature_map`.
     """
     if implementation == "auto":
-        captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        implementation = "torchvision" if feature_map.is_cuda or captured else "gather"
+        implementation = "torchvision" if feature_map.is_cuda or _is_captured() else "gather"
     if implementation == "torchvision":
         if feature_map.dtype == torch.bfloat16 and not feature_map.is_cuda:  # which torchvision has for CUDA only
             inputs = (tensor.float() for tensor in (feature_map, offset, modulator, weight))
@@ -55,20 +54,29 @@ def deform_conv2d(
         return torchvision_deform_conv2d(feature_map, offset, weight, padding=weight.shape[-1] // 2, mask=modulator)
     if implementation == "gather":
         inputs = (feature_map, offset, modulator, weight)
-        gather = _GatherDeformConv2d.apply if _is_plain_training(inputs) else _gather_deform_conv2d
-        return gather(*inputs)
+        return _gather_deform_conv2d(
+            *inputs, gather=_GatherDeformConv2d.apply if _is_plain_training(inputs) else _gather_rows
+        )
     raise ValueError(f"implementation={implementation!r} must be 'auto', 'torchvision' or 'gather'.")
+
+
+def _is_captured() -> bool:
+    """Whether a graph is being recorded."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _is_watched() -> bool:
+    """Whether a graph is being recorded or one of torch.func's transforms is at work."""
+    return _is_captured() or torch._C._are_functorch_transforms_active()
 
 
 def is_plain_inference(feature_map: torch.Tensor) -> bool:
     """Whether loops over chunks pay and nothing watches them: on a CPU, without autograd, capture or transforms."""
-    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return (
         feature_map.device.type == "cpu"
-        and not captured
+        and not _is_watched()
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
     )
 
 
@@ -76,19 +84,33 @@ def _is_plain_training(inputs: Sequence[torch.Tensor]) -> bool:
     """Whether autograd is going to ask for gradients in its usual way, for which one is written by hand."""
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
         return False
-    captured = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not captured and not torch._C._are_functorch_transforms_active()
+    return not _is_watched()
+
+
+def _gather_rows(
+    feature_map: torch.Tensor, offset: torch.Tensor, modulator: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """(B * H * W, out_channels), in plain operations, which autograd can follow by keeping all columns."""
+    kernel = _kernel_matrix(weight)
+    columns = _sampled_columns(feature_map, offset, modulator, weight.shape[-1])
+    return torch.cat([chunk @ kernel for _, chunk in columns])
 
 
 def _gather_deform_conv2d(
-    feature_map: torch.Tensor, offset: torch.Tensor, modulator: torch.Tensor, weight: torch.Tensor
+    feature_map: torch.Tensor,
+    offset: torch.Tensor,
+    modulator: torch.Tensor,
+    weight: torch.Tensor,
+    gather: Callable[..., torch.Tensor] = _gather_rows,
 ) -> torch.Tensor:
-    """The gather in plain operations, which autograd can follow by keeping all columns."""
+    """What `gather` computes as a map (B, out_channels, H, W), channels last in memory.
+
+    Rows become a map out here, where autograd sees it: what a Function returns must not be a view, or nobody may change
+    it in place.
+    """
     batch_size, _, height, width = feature_map.shape
-    kernel = _kernel_matrix(weight)
-    columns = _sampled_columns(feature_map, offset, modulator, weight.shape[-1])
-    output = torch.cat([chunk @ kernel for _, chunk in columns]).view(batch_size, height, width, -1)
-    return output.permute(0, 3, 1, 2)  # (B, out, H, W), channels last in memory
+    rows = gather(feature_map, offset, modulator, weight)
+    return rows.view(batch_size, height, width, -1).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
@@ -138,16 +160,16 @@ class _GatherDeformConv2d(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(feature_map, offset, modulator, weight)
         with torch.autocast(feature_map.device.type, enabled=False):
-            return _gather_deform_conv2d(feature_map, offset, modulator, weight)
+            return _gather_rows(feature_map, offset, modulator, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         with torch.autocast(grad_output.device.type, enabled=False):
-            return _gather_deform_conv2d_backward(*ctx.saved_tensors, grad_output, ctx.needs_input_grad)
+            return _gather_rows_backward(*ctx.saved_tensors, grad_output, ctx.needs_input_grad)
 
 
-def _gather_deform_conv2d_backward(
+def _gather_rows_backward(
     feature_map: torch.Tensor,
     offset: torch.Tensor,
     modulator: torch.Tensor,
@@ -163,7 +185,7 @@ def _gather_deform_conv2d_backward(
 
     rows = _padded_rows(feature_map)
     kernel = _kernel_matrix(weight)
-    grad_output = grad_output.permute(0, 2, 3, 1).reshape(batch_size, height * width, -1)  # (B, HW, out)
+    grad_output = grad_output.reshape(batch_size, height * width, -1)
     # Sums over chunks are kept in float32 at least.
     accumulator = torch.promote_types(feature_map.dtype, torch.float32)
     grad_rows = torch.zeros_like(rows, dtype=accumulator) if needs_map else None

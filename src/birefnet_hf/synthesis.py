@@ -362,11 +362,11 @@ def thin_structure(rng: np.random.Generator, side: int) -> Image.Image:
 
 
 def vary_object(
-    rng: np.random.Generator, cutout: Image.Image, side: int, photo: Image.Image | None = None
+    rng: np.random.Generator, cutout: Image.Image, side: int, open_photo: Callable[[], Image.Image] | None = None
 ) -> Image.Image:
     """An RGBA cut-out resized to about `side` pixels, then mirrored, stretched, turned, recoloured, lit, perhaps blurred.
 
-    Half of them get a surface, a part of `photo` where there is one: cut-outs that are flat drawings would teach that
+    Half of them get a surface, mostly a part of the photograph that `open_photo` returns, if given: cut-outs that are flat drawings would teach that
     what has texture is background.
     """
     box = cutout.getchannel("A").getbbox()
@@ -386,8 +386,8 @@ def vary_object(
         colour = _colour_shift(rng, colour)
     if rng.random() < 0.5:
         shape = (colour.height, colour.width)
-        if photo is not None and rng.random() < 0.7:
-            surface = photo_background(rng, shape, photo)
+        if open_photo is not None and rng.random() < 0.7:
+            surface = photo_background(rng, shape, open_photo())
         else:
             surface = (background_texture if rng.random() < 0.6 else background_noise)(rng, shape)
         colour = Image.blend(colour, surface, rng.uniform(0.15, 0.85))
@@ -514,7 +514,7 @@ class Compositor:
                 item = thin_structure(rng, side)
             else:
                 item = cutouts[index if number == 0 else rng.integers(0, len(cutouts))]
-            item = vary_object(rng, item, side, self._photo(rng))
+            item = vary_object(rng, item, side, self._choose_photo(rng))
             # The centre stays well inside, so that something is always seen; the rest may be cut off by the frame.
             centre = rng.uniform(0.3, 0.7, 2) if number == 0 else rng.uniform(0.1, 0.9, 2)
             corner = (
@@ -537,13 +537,13 @@ class Compositor:
         height, width = (-(-length // 2) for length in self.size) if out_of_focus else self.size
         shorter = min(height, width)
         if self.photos and rng.random() < self.photo_probability:
-            image = photo_background(rng, (height, width), self._photo(rng))
+            image = photo_background(rng, (height, width), self._choose_photo(rng)())
         else:
             image = generated_background(rng, (height, width))
         for _ in range(self._count(rng, 0, self.max_distractors)):
             # A background object has to be told from a foreground object by something: size or focus.
             side = round(shorter * (rng.uniform(0.1, 0.5) if out_of_focus else rng.uniform(0.05, 0.15)))
-            item = vary_object(rng, cutouts[rng.integers(0, len(cutouts))], max(1, side), self._photo(rng))
+            item = vary_object(rng, cutouts[rng.integers(0, len(cutouts))], max(1, side), self._choose_photo(rng))
             centre = rng.uniform(0, 1, 2)
             image.paste(item, (round(centre[1] * width - side / 2), round(centre[0] * height - side / 2)), mask=item)
         if out_of_focus:
@@ -551,11 +551,11 @@ class Compositor:
             image = image.resize(self.size[::-1], Image.Resampling.BILINEAR)
         return image
 
-    def _photo(self, rng: np.random.Generator) -> Image.Image | None:
-        """One of the photographs, no larger than needed; None where there are none."""
+    def _choose_photo(self, rng: np.random.Generator) -> Callable[[], Image.Image] | None:
+        """What opens one of the photographs, no larger than needed; None where there are none."""
         if not self.photos:
             return None
-        return _open_photo(self.photos[rng.integers(0, len(self.photos))], 2 * max(self.size))
+        return functools.partial(_open_photo, self.photos[rng.integers(0, len(self.photos))], 2 * max(self.size))
 
     @staticmethod
     def _count(rng: np.random.Generator, lowest: int, highest: int) -> int:

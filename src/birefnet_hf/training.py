@@ -313,13 +313,10 @@ def load_timm_weights(
 
     Raises:
         ValueError: timm has no weights for this backbone, or the file has other tensors.
-        ImportError: timm is not installed.
         OSError: they cannot be downloaded or read.
     """
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError("Pretrained backbones come from timm: pip install timm") from error
+    import timm  # takes a second, which few runs need
+
     backbone = model.config.backbone
     name = (_TIMM_SWIN_NAMES | TIMM_NAMES).get(backbone)
     if name is None:
