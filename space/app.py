@@ -49,7 +49,7 @@ from PIL import Image, ImageColor  # noqa: E402
 from birefnet_hf import BackgroundRemovalPipeline, load_pipeline  # noqa: E402
 from birefnet_hf.checkpoints_birefnet import CHECKPOINTS, Checkpoint, get_checkpoint  # noqa: E402
 from birefnet_hf.foreground import parse_background  # noqa: E402
-from birefnet_hf.image_loading import load_image, save_image  # noqa: E402
+from birefnet_hf.image_loading import is_url, load_image, save_image  # noqa: E402
 from birefnet_hf.pipeline_birefnet import render_picture  # noqa: E402
 from birefnet_hf.video import VideoError, cut_out_video, probe_video  # noqa: E402
 
@@ -251,17 +251,13 @@ def check_file_size(path: str) -> None:
 
 def read_photo(source: str) -> Image.Image:
     """The photo of a path or URL within the limits; gr.Error says why not."""
-    if not _is_url(source):
+    if not is_url(source):
         check_file_size(source)
     try:
         return load_image(source, timeout=URL_TIMEOUT, max_bytes=MAX_FILE_MB * 2**20, max_pixels=MAX_PIXELS)
     except ValueError as error:
         # A visitor knows their file by its name, not by the folder it lies in here.
-        raise gr.Error(str(error) if _is_url(source) else str(error).replace(source, Path(source).name)) from error
-
-
-def _is_url(source: str) -> bool:
-    return source.startswith(("http://", "https://"))
+        raise gr.Error(str(error) if is_url(source) else str(error).replace(source, Path(source).name)) from error
 
 
 def prepare_model(name: str, progress: gr.Progress) -> tuple[str, str]:
@@ -336,7 +332,7 @@ def cut_out_image(
     source = image or (url or "").strip()
     if not source:
         raise gr.Error("Choose a photo first, or paste its address.")
-    if not image and not _is_url(source):
+    if not image and not is_url(source):
         raise gr.Error("An address starts with http:// or https://.")
     options = read_options(model, size, refine, background, colour, background_image, mask_only, threshold)
     photo = read_photo(source)
@@ -544,6 +540,16 @@ def option_controls() -> list[gr.components.Component]:
     return [model, size, refine, background, colour, picture, mask_only, threshold]
 
 
+def run_settings(result: gr.components.Component) -> dict[str, Any]:
+    """Of every event that runs a model: one at a time for all tabs, and its result is shown."""
+    return {
+        "concurrency_limit": 1,
+        "concurrency_id": "model",
+        "show_progress_on": result,
+        "js": SHOW_RESULT.format(result.elem_id),
+    }
+
+
 def image_tab() -> None:
     with gr.Row():
         with gr.Column():
@@ -572,12 +578,7 @@ def image_tab() -> None:
             with gr.Accordion("Mask", open=False):
                 mask = gr.Image(type="filepath", format="png", label="Alpha", image_mode="L", elem_id="mask")
     inputs, outputs = [photo, url, *controls], [slider, download, mask, notice]
-    shared = {
-        "concurrency_limit": 1,
-        "concurrency_id": "model",
-        "show_progress_on": slider,
-        "js": SHOW_RESULT.format("slider"),
-    }
+    shared = run_settings(slider)
     gr.on(
         [start.click, photo.upload, url.submit],
         cut_out_image,
@@ -589,7 +590,8 @@ def image_tab() -> None:
     )
     examples.load_input_event.then(cut_out_image, inputs, outputs, api_visibility="private", **shared)
     # A photo and an address never stand there together, or it would not be clear which one is meant.
-    url.input(lambda: None, None, photo, queue=False, show_progress="hidden", api_visibility="private")
+    # `change`, since Gradio's `input` misses the first event, and so an address that is pasted.
+    url.change(None, [url, photo], photo, js="(url, photo) => url ? null : photo", api_visibility="private")
     for event in (photo.upload, examples.load_input_event.then):
         event(None, None, url, js="() => ''", api_visibility="private")
 
@@ -614,12 +616,7 @@ def batch_tab() -> None:
             report = gr.Markdown(label="Report", elem_id="batch-report")
             archive = gr.File(label="Download ZIP", elem_id="batch-file", elem_classes="result-file")
     inputs, outputs = [files, *controls], [gallery, archive, report]
-    shared = {
-        "concurrency_limit": 1,
-        "concurrency_id": "model",
-        "show_progress_on": gallery,
-        "js": SHOW_RESULT.format("gallery"),
-    }
+    shared = run_settings(gallery)
     start.click(cut_out_batch, inputs, outputs, api_name="cut_out_batch", **shared)
     examples.load_input_event.then(cut_out_batch, inputs, outputs, api_visibility="private", **shared)
 
@@ -641,12 +638,7 @@ def video_tab() -> None:
             notice = gr.Markdown(label="Notice", elem_id="video-notice")
             download = gr.File(label="Download", elem_id="video-file", elem_classes="result-file")
     inputs, outputs = [video, video_format, smoothing, *controls], [result, download, notice]
-    shared = {
-        "concurrency_limit": 1,
-        "concurrency_id": "model",
-        "show_progress_on": result,
-        "js": SHOW_RESULT.format("video-result"),
-    }
+    shared = run_settings(result)
     start.click(cut_out_clip, inputs, outputs, api_name="cut_out_video", **shared)
     examples.load_input_event.then(cut_out_clip, inputs, outputs, api_visibility="private", **shared)
 
