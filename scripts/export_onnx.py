@@ -11,7 +11,7 @@ The graph maps `pixel_values`, float32 (batch_size, 3, height, width) from the i
 (batch_size, 1, height, width). Deformable convolutions are ONNX's own DeformConv, which takes opset 19 or later and ONNX
 Runtime 1.28 or later; OpenVINO, which cannot read them by itself, runs the file by
 `BiRefNetOnnxForImageSegmentation.from_pretrained(OUTPUT, runtime="openvino")`. The check runs pictures of another batch
-size than the traced one, and with --dynamic-size of other sizes, through the runtime and through PyTorch in float32.
+size than the traced one through the runtime and through PyTorch in float32.
 
 Needs `pip install "birefnet-hf[onnx]"`, and minutes of time.
 """
@@ -34,7 +34,7 @@ from torch.export import Dim
 from birefnet_hf import BiRefNetForImageSegmentation, BiRefNetImageProcessor
 from birefnet_hf.checkpoints_birefnet import resolve_checkpoint
 from birefnet_hf.modeling_birefnet import SIZE_DIVISOR
-from birefnet_hf.onnx_birefnet import ONNX_FILE_NAMES, BiRefNetOnnxForImageSegmentation, smallest_dynamic_side
+from birefnet_hf.onnx_birefnet import ONNX_FILE_NAMES, BiRefNetOnnxForImageSegmentation
 
 
 logger = logging.getLogger("export_onnx")
@@ -43,11 +43,6 @@ logger = logging.getLogger("export_onnx")
 LOGITS_TOLERANCE = 1e-4
 # Rounding of half-precision features moves soft edges by a grey level; the mean shows what is wrong everywhere.
 ALPHA_TOLERANCE, MEAN_ALPHA_TOLERANCE = 8 / 255, 0.5 / 255
-
-# For a graph of all sizes, every stage's token grid needs padding at both scales in what is traced, in both directions:
-# then it has the branches that pad, which are right for no padding, too. These sizes do so for windows of 12, 5 and 4.
-DYNAMIC_TRACE_SIZE = (352, 416)
-DYNAMIC_CHECK_SIZE = (384, 480)
 
 # Files that must belong to the same network and size for a second precision to be put beside the first.
 SETTINGS_FILES = ("config.json", "preprocessor_config.json")
@@ -78,11 +73,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="input size; default the checkpoint's"
     )
-    parser.add_argument(
-        "--dynamic-size",
-        action="store_true",
-        help="one graph for all sizes (experimental, and tracing takes many minutes)",
-    )
     parser.add_argument("--batch-size", type=int, help="fix it; any batch size by default")
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of weights and arithmetic")
     parser.add_argument("--opset", type=int, default=22, help="19 (the first with DeformConv) or later; default 22")
@@ -112,7 +102,7 @@ def require(*packages: str) -> None:
 
 
 def load(
-    name: str, size: Sequence[int] | None, dynamic_size: bool
+    name: str, size: Sequence[int] | None
 ) -> tuple[BiRefNetForImageSegmentation, BiRefNetImageProcessor, tuple[int, int]]:
     """The network in float32, its processor at the wanted size, and that size (height, width)."""
     name = resolve_checkpoint(name)
@@ -121,39 +111,28 @@ def load(
     model = BiRefNetForImageSegmentation.from_pretrained(name, dtype=torch.float32).eval()
     if processor.size.height is not None:
         return model, processor, (processor.size.height, processor.size.width)
-    if not dynamic_size:
-        raise ExportError(
-            f"{name} takes images of any size: give --size HEIGHT WIDTH for a graph of that size, or --dynamic-size."
-        )
-    return model, processor, tuple(model.config.image_size)
+    raise ExportError(f"{name} takes images of any size: give --size HEIGHT WIDTH for a graph of that size.")
 
 
 def trace(
-    model: BiRefNetForImageSegmentation, size: tuple[int, int], dynamic_size: bool, batch_size: int | None
+    model: BiRefNetForImageSegmentation, size: tuple[int, int], batch_size: int | None
 ) -> torch.export.ExportedProgram:
     """Records what the network computes.
 
     Args:
-        size: (height, width) of the graph's input, unless `dynamic_size`.
+        size: (height, width) of the graph's input.
         batch_size: None for any.
     """
-    dimensions: dict[int, Dim] = {}
+    dynamic_shapes = None
     if batch_size is None:
-        dimensions[0] = Dim("batch_size")
+        dynamic_shapes = ({0: Dim("batch_size")},)
         batch_size = 2  # 0 and 1 would be taken for constants
-    if dynamic_size:
-        size = DYNAMIC_TRACE_SIZE
-        # The runtime class pads to multiples; a graph that did would hold expressions that tracing never gets done with.
-        least = smallest_dynamic_side(model.config) // SIZE_DIVISOR
-        dimensions |= {
-            axis: SIZE_DIVISOR * Dim(name, min=least) for axis, name in ((2, "height_steps"), (3, "width_steps"))
-        }
     picture = torch.zeros(batch_size, model.config.num_channels, *size)
     with torch.no_grad():
         return torch.export.export(
             LogitsOnly(model).eval(),
             (picture,),
-            dynamic_shapes=(dimensions,) if dimensions else None,
+            dynamic_shapes=dynamic_shapes,
             strict=False,  # symbolic execution of the Python code takes longer and knows less of it
         )
 
@@ -183,8 +162,8 @@ def check_pictures(batch_size: int, size: tuple[int, int], seed: int) -> torch.T
 
 @torch.inference_mode()
 def check(
-    expected: Sequence[torch.Tensor],
-    pictures: Sequence[torch.Tensor],
+    expected: torch.Tensor,
+    pictures: torch.Tensor,
     folder: Path,
     file_name: str,
     runtime: str,
@@ -199,18 +178,11 @@ def check(
     """
     try:
         exported = BiRefNetOnnxForImageSegmentation.from_pretrained(folder, file_name=file_name, runtime=runtime)
-        results = [exported(batch).logits for batch in pictures]
+        result = exported(pictures).logits
     except Exception as error:
         raise ExportError(f"{runtime} does not run the exported file: {error}") from error
-    logits_difference = max(
-        (result - wanted).abs().max().item() for result, wanted in zip(results, expected, strict=True)
-    )
-    alpha_differences = torch.cat(
-        [
-            (result.sigmoid() - wanted.sigmoid()).abs().flatten()
-            for result, wanted in zip(results, expected, strict=True)
-        ]
-    )
+    logits_difference = (result - expected).abs().max().item()
+    alpha_differences = (result.sigmoid() - expected.sigmoid()).abs()
     largest, mean = alpha_differences.max().item(), alpha_differences.mean().item()
     report = (
         f"{runtime}: logits differ from PyTorch's float32 by at most {logits_difference:.1e}, "
@@ -250,15 +222,13 @@ def run(arguments: argparse.Namespace) -> None:
     if output.exists() and not output.is_dir():
         raise ExportError(f"{output} is a file; OUTPUT is a directory.")
     require("onnx", "onnxscript", *arguments.check)
-    model, processor, size = load(arguments.model, arguments.size, arguments.dynamic_size)
+    model, processor, size = load(arguments.model, arguments.size)
     dtype = getattr(torch, arguments.dtype)
     file_name = ONNX_FILE_NAMES[dtype]
 
-    sizes = [size] + [DYNAMIC_CHECK_SIZE] * arguments.dynamic_size
-    batch_sizes = [arguments.batch_size] * 2 if arguments.batch_size else [1, 3]
-    pictures = [check_pictures(batch, side, seed=1) for batch, side in zip(batch_sizes, sizes, strict=False)]
+    pictures = check_pictures(arguments.batch_size or 1, size, seed=1)
     with torch.inference_mode():
-        expected = [model(batch).logits for batch in pictures]
+        expected = model(pictures).logits
 
     # Nothing appears under OUTPUT until it is complete and checked.
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -267,13 +237,8 @@ def run(arguments: argparse.Namespace) -> None:
         model.config.save_pretrained(folder)
         processor.save_pretrained(folder)
         check_settings(folder, output)
-        logger.info(
-            "Tracing %s, %s, %s.",
-            arguments.model,
-            arguments.dtype,
-            "any size" if arguments.dynamic_size else f"{size[0]}×{size[1]}",
-        )
-        program = trace(model.to(dtype), size, arguments.dynamic_size, arguments.batch_size)
+        logger.info("Tracing %s, %s, %d×%d.", arguments.model, arguments.dtype, *size)
+        program = trace(model.to(dtype), size, arguments.batch_size)
         write(program, folder / file_name, arguments.opset)
         for runtime in arguments.check:
             check(expected, pictures, folder, file_name, runtime)

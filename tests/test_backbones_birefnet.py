@@ -140,9 +140,8 @@ def test_patch_merging_pads_odd_sides():
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 80)])
 def test_inference_in_pieces(size, monkeypatch):
-    """Bands of windows and chunks of tokens give what the whole maps under autograd give."""
+    """Blocks that go through the map in bands of windows give what the whole maps under autograd give."""
     monkeypatch.setattr(backbone_swin_birefnet, "BAND_BYTES", 1)
-    monkeypatch.setattr(backbone_swin_birefnet, "MLP_CHUNK_TOKENS", 7)
     pixel_values = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(3))
     backbone = randomise(BiRefNetSwinBackbone(swin_config()))
     expected = backbone(pixel_values)

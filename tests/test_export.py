@@ -44,7 +44,7 @@ def network_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def program(network_dir) -> torch.export.ExportedProgram:
     model = BiRefNetForImageSegmentation.from_pretrained(network_dir).eval()
-    return export_onnx.trace(model, SIZE, dynamic_size=False, batch_size=None)
+    return export_onnx.trace(model, SIZE, batch_size=None)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_openvino_agrees_with_pytorch(exported_dir, network_dir):
 
 def test_other_sizes_are_refused_with_the_size_it_takes(exported_dir):
     exported = BiRefNetOnnxForImageSegmentation.from_pretrained(exported_dir)
-    with pytest.raises(ValueError, match=r"\(1, 3, 64, 64\).*exported for \(any, 3, 64, 96\).*--dynamic-size"):
+    with pytest.raises(ValueError, match=r"\(1, 3, 64, 64\).*exported for \(any, 3, 64, 96\).*--size"):
         exported(pictures(1, (64, 64)))
 
 
@@ -211,16 +211,6 @@ def test_float16_beside_float32(exported_dir, network_dir, copy_of):
         for name in ("model.onnx", "model_fp16.onnx")
     ]
     assert (both[0] - both[1]).abs().max() < 8 / 255
-
-
-@pytest.mark.slow
-def test_one_graph_for_all_sizes(network_dir, tmp_path):
-    output = tmp_path / "output"
-    assert export_onnx.main([str(network_dir), str(output), "--dynamic-size", "--check", "onnxruntime"]) == 0
-    model = BiRefNetForImageSegmentation.from_pretrained(network_dir).eval()
-    exported = BiRefNetOnnxForImageSegmentation.from_pretrained(output)
-    for size in ((384, 512), (500, 415)):  # the second is no multiple of 32
-        check_same_logits(exported, model, pictures(1, size))
 
 
 @pytest.mark.slow

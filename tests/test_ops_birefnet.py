@@ -1,13 +1,14 @@
-"""The two implementations of the deformable convolution against each other and against loops written out."""
+"""The two implementations of the deformable convolution against each other and loops written out; linear layers."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from birefnet_hf import ops_birefnet
-from birefnet_hf.ops_birefnet import add_projected_deform_conv2d, deform_conv2d, is_plain_inference
+from birefnet_hf.ops_birefnet import add_projected_deform_conv2d, deform_conv2d, is_plain_inference, linear
 
 
 IMPLEMENTATIONS = ("torchvision", "gather")
@@ -272,3 +273,37 @@ def test_plain_inference():
         torch.func.vmap(lambda x: seen.append(is_plain_inference(x)) or x)(tensor)
         torch.jit.trace(lambda x: seen.append(is_plain_inference(x)) or x, tensor, check_trace=False)
         assert not any(seen)
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_fused_linear_layer(dtype, bias, activation):
+    """In inference as with autograd, whose path calls the layer; whatever oneDNN does not take goes that way, too."""
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 40, bias=bias).to(dtype)
+    tokens = torch.randn(2, 5, 7, 24).to(dtype)[:, :, 1:6]
+    expected = linear(layer, tokens, activation)
+    assert expected.requires_grad
+    with torch.inference_mode():
+        actual = linear(layer, tokens, activation)
+    # Numbers are about 1; the two round differently.
+    tolerances = {"rtol": 1.6e-2, "atol": 2e-3} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(actual, expected.detach(), check_stride=False, **tolerances)
+
+
+@torch.no_grad()
+def test_fused_linear_layer_leaves_others_to_themselves():
+    """Subclasses, hooks and other precisions take effect as when the layer is called."""
+
+    class Doubled(nn.Linear):
+        def forward(self, hidden_states):
+            return 2 * super().forward(hidden_states)
+
+    layer, tokens = Doubled(3, 4), torch.randn(5, 3)
+    torch.testing.assert_close(linear(layer, tokens), 2 * F.linear(tokens, layer.weight, layer.bias))
+    layer = nn.Linear(3, 4)
+    layer.register_forward_hook(lambda module, inputs, output: output + 1)
+    torch.testing.assert_close(linear(layer, tokens), F.linear(tokens, layer.weight, layer.bias) + 1)
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(nn.Linear(3, 4).double(), tokens)

@@ -1,6 +1,7 @@
 """Swin Transformer v1 in its detection form, the backbone of all released BiRefNets (Liu et al., arXiv 2103.14030)."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,13 +10,11 @@ from transformers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_birefnet import BiRefNetConfig
-from .ops_birefnet import is_plain_inference
+from .ops_birefnet import has_hooks, is_plain_inference, linear
 
 
 # Bytes of queries, keys and values that inference on a CPU holds at a time: small enough to stay in a cache.
 BAND_BYTES = 8 * 2**20
-# Tokens whose wide inner features an MLP holds at a time there. Matrix products of fewer rows are slower.
-MLP_CHUNK_TOKENS = 4096
 
 
 def eager_attention_forward(
@@ -97,22 +96,60 @@ def shifted_window_mask(
     return torch.zeros(apart.shape, dtype=dtype, device=device).masked_fill(apart, float("-inf"))
 
 
-def insert(tensor: torch.Tensor, value: torch.Tensor, dim: int, index: int, count: int) -> torch.Tensor:
-    """Inserts `count` copies of `value`, which is of size 1 in all but the last dimension, along `dim` at `index`."""
-    if not count:
-        return tensor
-    shape = (*tensor.shape[:dim], count, *tensor.shape[dim + 1 :])
-    before, after = tensor.narrow(dim, 0, index), tensor.narrow(dim, index, tensor.shape[dim] - index)
-    return torch.cat((before, value.expand(shape), after), dim=dim)
+class Segment(NamedTuple):
+    """Part of a side of a token grid: `length` tokens from `start` on, or as many of padding where `start` is None."""
+
+    start: int | None
+    length: int
 
 
-def remove(tensor: torch.Tensor, dim: int, index: int, count: int) -> torch.Tensor:
-    """The inverse of `insert`."""
-    if not count:
-        return tensor
-    after = index + count
-    parts = (tensor.narrow(dim, 0, index), tensor.narrow(dim, after, tensor.shape[dim] - after))
-    return torch.cat(parts, dim=dim)
+def shifted_segments(size: int, window_size: int, shift: int) -> list[Segment]:
+    """What a side of `size` tokens consists of after padding to whole windows and then a cyclic shift."""
+    missing = round_up(size, window_size) - size
+    if size < shift:
+        segments = (Segment(None, size + missing - shift), Segment(0, size), Segment(None, shift - size))
+    else:
+        segments = (Segment(shift, size - shift), Segment(None, missing), Segment(0, shift))
+    return [segment for segment in segments if segment.length]
+
+
+def crop_segments(segments: list[Segment], start: int, stop: int) -> list[Segment]:
+    """The segments of the places from `start` to `stop`."""
+    cropped, place = [], 0
+    for first, length in segments:
+        left, right = max(start - place, 0), min(stop - place, length)
+        if left < right:
+            cropped.append(Segment(None if first is None else first + left, right - left))
+        place += length
+    return cropped
+
+
+def lay_out(tensor: torch.Tensor, segments: list[Segment], dim: int, padding: torch.Tensor | None) -> torch.Tensor:
+    """Puts parts of a tensor, and of padding, which is of size 1 in all but the last dimension, in a row along `dim`."""
+
+    def piece(segment: Segment) -> torch.Tensor:
+        if segment.start is None:
+            return padding.expand(*tensor.shape[:dim], segment.length, *tensor.shape[dim + 1 : -1], -1)
+        return tensor.narrow(dim, segment.start, segment.length)
+
+    pieces = [piece(segment) for segment in segments]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
+
+
+def take_up(tensor: torch.Tensor, segments: list[Segment], dim: int) -> list[tuple[int, torch.Tensor]]:
+    """The inverse of `lay_out`: the parts that are no padding, each with where it started."""
+    pieces, place = [], 0
+    for start, length in segments:
+        if start is not None:
+            pieces.append((start, tensor.narrow(dim, place, length)))
+        place += length
+    return pieces
+
+
+def join(pieces: list[tuple[int, torch.Tensor]], dim: int) -> torch.Tensor:
+    """Puts the parts that `take_up` gave in the order of their starts."""
+    tensors = [tensor for _, tensor in sorted(pieces, key=lambda piece: piece[0])]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=dim)
 
 
 def works_in_bands(config: BiRefNetConfig, hidden_states: torch.Tensor) -> bool:
@@ -156,7 +193,13 @@ class BiRefNetSwinAttention(nn.Module):
         return bias.view(1, self.num_heads, num_tokens, num_tokens)
 
     def forward(
-        self, hidden_states: torch.Tensor, shift: int, shift_mask: torch.Tensor | None, **kwargs
+        self,
+        hidden_states: torch.Tensor,
+        shift: int,
+        shift_mask: torch.Tensor | None,
+        before: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        after: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention within windows of a token grid, which are moved cyclically by `shift` tokens.
 
@@ -168,46 +211,44 @@ class BiRefNetSwinAttention(nn.Module):
             hidden_states: (B, H, W, C).
             shift: 0, or half a window.
             shift_mask: What `stage_shift_mask` returns, where `shift` is not 0.
+            before: Computes the tokens that attend, row by row (B, rows, W, C) of the grid, else they are its own.
+            after: Computes the output from rows of the grid and what attention gives for them, else it is the latter.
 
         Returns:
             (B, H, W, C) and, in eager attention, the weights (B * windows, heads, window_size², window_size²).
         """
-        batch_size, real_height, real_width, channels = hidden_states.shape
-        padded_height, padded_width = (round_up(size, self.window_size) for size in (real_height, real_width))
-        if real_height < shift or real_width < shift:  # less than half a window: as well padded from the start
-            missing = (0, 0, 0, padded_width - real_width, 0, padded_height - real_height)
-            hidden_states = F.pad(hidden_states, missing)
-        _, height, width, _ = hidden_states.shape
-        missing_rows, missing_columns = padded_height - height, padded_width - width
-        if shift:
-            hidden_states = torch.roll(hidden_states, shifts=(-shift, -shift), dims=(1, 2))
-        # Where the padding is after the shift: before the tokens that came round from the other side.
-        cut_row, cut_column = height - shift, width - shift
+        batch_size, height, width, channels = hidden_states.shape
+        rows, columns = (shifted_segments(size, self.window_size, shift) for size in (height, width))
+        padded_height, padded_width = (round_up(size, self.window_size) for size in (height, width))
         padding = None
-        if missing_rows or missing_columns:
+        if any(segment.start is None for segment in (*rows, *columns)):
             # The bias, asked of the module because adapters and offloaded weights take effect when it is called.
             padding = self.qkv(hidden_states.new_zeros(1, 1, 1, channels))
 
         bias = self.position_bias().to(hidden_states.dtype)
         # By the mask where there is one: reentrant checkpointing turns autograd off after the mask was made.
         in_bands = shift_mask.ndim == 4 if shift else works_in_bands(self.config, hidden_states)
-        band_height = padded_height
+        bands = [rows]
         if in_bands:
             window_row_bytes = (
                 batch_size * self.window_size * padded_width * 3 * channels * hidden_states.element_size()
             )
-            band_height = min(padded_height, self.window_size * max(1, BAND_BYTES // window_row_bytes))
+            band_height = self.window_size * max(1, BAND_BYTES // window_row_bytes)
+            bands = [crop_segments(rows, start, start + band_height) for start in range(0, padded_height, band_height)]
             if shift:
                 shift_mask = bias + shift_mask[:, :, None]  # (2, 2, heads, tokens, tokens)
 
         outputs, weights = [], None
-        for start in range(0, padded_height, band_height):
-            stop = min(start + band_height, padded_height)
-            first, last = (row - min(max(row - cut_row, 0), missing_rows) for row in (start, stop))
-            missing = ((1, max(cut_row - start, 0), stop - start - (last - first)), (2, cut_column, missing_columns))
-            qkv = self.qkv(hidden_states[:, first:last])  # (B, rows, W, 3C)
-            for place in missing:
-                qkv = insert(qkv, padding, *place)
+        for index, band in enumerate(bands):
+            real = [segment for segment in band if segment.start is not None]
+            tokens = lay_out(hidden_states, real, dim=1, padding=None)  # (B, rows, W, C)
+            qkv = linear(self.qkv, tokens if before is None else before(tokens))  # (B, rows, W, 3C)
+            qkv = lay_out(qkv, columns, dim=2, padding=padding)
+            inner, place = [], 0
+            for start, length in band:
+                inner.append(Segment(None if start is None else place, length))
+                place += 0 if start is None else length
+            qkv = lay_out(qkv, inner, dim=1, padding=padding)
             if not in_bands:
                 mask = bias
                 if shift:
@@ -216,14 +257,11 @@ class BiRefNetSwinAttention(nn.Module):
             elif not shift:
                 output, _ = self.attend(qkv, bias, **kwargs)
             else:
-                output = self.attend_shifted(qkv, shift_mask, is_last=stop == padded_height, **kwargs)
-            for place in reversed(missing):
-                output = remove(output, *place)
-            outputs.append(self.proj(output))
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        if shift:
-            output = torch.roll(output, shifts=(shift, shift), dims=(1, 2))
-        return output[:, :real_height, :real_width], weights
+                output = self.attend_shifted(qkv, shift_mask, is_last=index == len(bands) - 1, **kwargs)
+            output = join(take_up(output, inner, dim=1), dim=1)
+            output = linear(self.proj, join(take_up(output, columns, dim=2), dim=2))
+            outputs += take_up(output if after is None else after(tokens, output), real, dim=1)
+        return join(outputs, dim=1), weights
 
     def attend(self, qkv: torch.Tensor, mask: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention within each window of a grid.
@@ -279,11 +317,7 @@ class BiRefNetSwinMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) → (B, H, W, C)."""
-        # In this order, since `numel` would fix symbolic sizes while the network is exported.
-        if is_plain_inference(hidden_states) and hidden_states.shape[:-1].numel() > MLP_CHUNK_TOKENS:
-            chunks = hidden_states.flatten(0, 2).split(MLP_CHUNK_TOKENS)
-            return torch.cat([self.fc2(F.gelu(self.fc1(chunk))) for chunk in chunks]).view(hidden_states.shape)
-        return self.fc2(F.gelu(self.fc1(hidden_states)))
+        return linear(self.fc2, linear(self.fc1, hidden_states, activation="gelu"))
 
 
 class BiRefNetDropPath(nn.Module):
@@ -315,7 +349,16 @@ class BiRefNetSwinBlock(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, shift_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
         """(B, H, W, C) → (B, H, W, C)."""
-        attention, _ = self.attn(self.norm1(hidden_states), self.shift, shift_mask if self.shift else None, **kwargs)
+        shift_mask = shift_mask if self.shift else None
+        if not self.training and works_in_bands(self.attn.config, hidden_states) and not has_hooks(self.attn):
+            # Functions, not modules, which the hooks of offloaded weights would move to the device.
+            steps = {"before": lambda tokens: self.norm1(tokens), "after": self.add}
+            return self.attn(hidden_states, self.shift, shift_mask, **steps, **kwargs)[0]
+        attention, _ = self.attn(self.norm1(hidden_states), self.shift, shift_mask, **kwargs)
+        return self.add(hidden_states, attention)
+
+    def add(self, hidden_states: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
+        """The block's output from its input and what attention gave, token by token."""
         hidden_states = hidden_states + self.drop_path(attention)
         return hidden_states + self.drop_path(self.mlp(self.norm2(hidden_states)))
 
@@ -335,7 +378,7 @@ class BiRefNetSwinPatchMerging(nn.Module):
             hidden_states = F.pad(hidden_states, (0, 0, 0, width % 2, 0, height % 2))
         # Order of the neighbours (row, column): (0, 0), (1, 0), (0, 1), (1, 1).
         neighbours = [hidden_states[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        return self.reduction(self.norm(torch.cat(neighbours, dim=-1)))
+        return linear(self.reduction, self.norm(torch.cat(neighbours, dim=-1)))
 
 
 class BiRefNetSwinStage(nn.Module):

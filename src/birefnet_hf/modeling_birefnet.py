@@ -428,6 +428,8 @@ class BiRefNetDecoderLevel(nn.Module):
             hidden_states = resize(coarser, feature_map.shape[-2:]) + self.lateral(feature_map)
         if self.inward_reference is not None:
             reference = self.inward_reference(image, feature_map.shape[-2:])
+            if is_plain_inference(hidden_states):  # like the other maps then, which oneDNN's convolutions prefer
+                reference = reference.contiguous(memory_format=torch.channels_last)
             hidden_states = torch.cat((hidden_states, reference), dim=1)
         hidden_states = self.block(hidden_states)
         side_logits = self.side_head(hidden_states) if self.training and self.side_head is not None else None

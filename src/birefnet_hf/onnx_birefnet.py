@@ -9,21 +9,13 @@ import torch
 from transformers.utils import cached_file
 
 from .configuration_birefnet import BiRefNetConfig
-from .modeling_birefnet import SIZE_DIVISOR, BiRefNetImageSegmentationOutput, pad_to_divisor
+from .modeling_birefnet import SIZE_DIVISOR, BiRefNetImageSegmentationOutput
 
 
 # Both precisions of one network fit in one directory. The names are those that transformers.js looks for.
 ONNX_FILE_NAMES = {torch.float32: "model.onnx", torch.float16: "model_fp16.onnx"}
 
 Runtime = Literal["onnxruntime", "openvino"]
-
-
-def smallest_dynamic_side(config: BiRefNetConfig) -> int:
-    """Least height and width in pixels of a graph for all sizes.
-
-    Below, Swin's coarsest map of the half-size image is smaller than half a window, for which there is another branch.
-    """
-    return max(1, 2 * (config.window_size // 2) - 1) * SIZE_DIVISOR if config.is_swin else SIZE_DIVISOR
 
 
 class _Session(NamedTuple):
@@ -190,31 +182,20 @@ class BiRefNetOnnxForImageSegmentation:
     def __call__(self, pixel_values: torch.Tensor, **kwargs) -> BiRefNetImageSegmentationOutput:
         """Computes logits (B, 1, H, W) from (B, 3, H, W), on the device of `pixel_values`.
 
-        Graphs for all sizes take any from `smallest_dynamic_side` on, as the network does: sides that are no multiples
-        of 32 are padded and cut back.
-
         Raises:
             ValueError: the shape is not one that the file was exported for.
         """
-        height, width = pixel_values.shape[-2:]
         pixels = pixel_values.to("cpu", torch.float32)
-        if self.input_shape[2:] == (None, None):
-            least = smallest_dynamic_side(self.config)
-            if min(height, width) < least:
-                raise ValueError(
-                    f"pixel_values is {height}×{width}; this file takes sides of at least {least} pixels."
-                )
-            pixels = pad_to_divisor(pixels)
         if pixels.dim() != 4 or any(
             expected not in (None, side) for side, expected in zip(pixels.shape, self.input_shape, strict=True)
         ):
             expected = ", ".join("any" if side is None else str(side) for side in self.input_shape)
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}; this file was exported for ({expected}). Give the "
-                f"image processor that size, or export with another --size (multiples of {SIZE_DIVISOR}) or --dynamic-size."
+                f"image processor that size, or export with another --size, multiples of {SIZE_DIVISOR}."
             )
         logits = torch.from_numpy(self._session.run(pixels.contiguous().numpy()))
-        return BiRefNetImageSegmentationOutput(logits=logits[..., :height, :width].to(pixel_values.device))
+        return BiRefNetImageSegmentationOutput(logits=logits.to(pixel_values.device))
 
     def eval(self) -> "BiRefNetOnnxForImageSegmentation":
         """Nothing to do: a file is always in evaluation mode."""
@@ -228,4 +209,4 @@ class BiRefNetOnnxForImageSegmentation:
         return False
 
 
-__all__ = ["ONNX_FILE_NAMES", "BiRefNetOnnxForImageSegmentation", "smallest_dynamic_side"]
+__all__ = ["ONNX_FILE_NAMES", "BiRefNetOnnxForImageSegmentation"]
