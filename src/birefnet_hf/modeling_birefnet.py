@@ -4,6 +4,7 @@ An image is localised by a backbone run at two scales and a squeeze module, and 
 fine by a decoder in which every level refers inward, to the image's own pixels, and outward, to its gradients.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -153,6 +154,22 @@ def is_plain(*modules: nn.Module) -> bool:
         and not module._forward_pre_hooks
         for module in modules
     )
+
+
+def conv_of_concatenation(conv: nn.Module, feature_maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """`conv(torch.cat(feature_maps, dim=1))` as the sum of a convolution of each, which needs no concatenation.
+
+    Args:
+        conv: A convolution of stride 1, without groups or dilation.
+        feature_maps: Each (B, C_i, H, W).
+    """
+    if not is_plain(conv):
+        return conv(torch.cat(feature_maps, dim=1))
+    weights = conv.weight.split([feature_map.shape[1] for feature_map in feature_maps], dim=1)
+    output = F.conv2d(feature_maps[0], weights[0], conv.bias, padding=conv.padding)
+    for feature_map, weight in zip(feature_maps[1:], weights[1:], strict=True):
+        output += F.conv2d(feature_map, weight, padding=conv.padding)
+    return output
 
 
 def conv_pair(
@@ -345,11 +362,11 @@ class BiRefNetDecoderBlock(nn.Module):
         self.norm_out = BiRefNetBatchNorm2d(out_channels)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if residual else None
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, in_channels, H, W) → (B, out_channels, H, W)."""
-        output = F.relu(self.norm_in(self.conv_in(hidden_states)), inplace=True)
+    def forward(self, *feature_maps: torch.Tensor) -> torch.Tensor:
+        """(B, C_i, H, W), whose channels sum to `in_channels` → (B, out_channels, H, W)."""
+        output = F.relu(self.norm_in(conv_of_concatenation(self.conv_in, feature_maps)), inplace=True)
         output = self.norm_out(self.conv_out(self.attention(output)))
-        return output if self.shortcut is None else output + self.shortcut(hidden_states)
+        return output if self.shortcut is None else output + conv_of_concatenation(self.shortcut, feature_maps)
 
 
 class BiRefNetInwardReference(nn.Module):
@@ -423,15 +440,12 @@ class BiRefNetDecoderLevel(nn.Module):
         Returns:
             Output (B, out_channels, h, w); in training the side output and the gradient, both (B, 1, h, w).
         """
-        hidden_states = feature_map
+        inputs = [feature_map]
         if coarser is not None:
-            hidden_states = resize(coarser, feature_map.shape[-2:]) + self.lateral(feature_map)
+            inputs = [self.lateral(feature_map).add_(resize(coarser, feature_map.shape[-2:]))]
         if self.inward_reference is not None:
-            reference = self.inward_reference(image, feature_map.shape[-2:])
-            if is_plain_inference(hidden_states):  # like the other maps then, which oneDNN's convolutions prefer
-                reference = reference.contiguous(memory_format=torch.channels_last)
-            hidden_states = torch.cat((hidden_states, reference), dim=1)
-        hidden_states = self.block(hidden_states)
+            inputs.append(self.inward_reference(image, feature_map.shape[-2:]))
+        hidden_states = self.block(*inputs)
         side_logits = self.side_head(hidden_states) if self.training and self.side_head is not None else None
         gradient_logits = None
         if self.outward_reference is not None:
@@ -650,13 +664,12 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
             return feature_maps
         half_image = resize(image, (image.shape[-2] // 2, image.shape[-1] // 2))
         half_maps = self.backbone(half_image, **kwargs)
-        half_maps = [
-            resize(half_map, feature_map.shape[-2:])
-            for half_map, feature_map in zip(half_maps, feature_maps, strict=True)
-        ]
-        if self.config.multi_scale_input == "add":
-            return [full + half for full, half in zip(feature_maps, half_maps, strict=True)]
-        return [torch.cat(pair, dim=1) for pair in zip(feature_maps, half_maps, strict=True)]
+        for level, half_map in enumerate(half_maps):
+            full_map = feature_maps[level]
+            half_map = resize(half_map, full_map.shape[-2:])
+            adds = self.config.multi_scale_input == "add"
+            feature_maps[level] = full_map + half_map if adds else torch.cat((full_map, half_map), dim=1)
+        return feature_maps
 
     def squeeze(self, feature_maps: list[torch.Tensor]) -> torch.Tensor:
         """The coarsest map (B, C4, H/32, W/32), seen together with the finer ones' context."""
