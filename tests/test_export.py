@@ -117,6 +117,15 @@ def test_pipeline_runs_the_exported_file(exported_dir, network_dir, scene):
     assert np.abs(np.asarray(cutout, dtype=int) - expected).max() <= 1
 
 
+def test_exported_directory_by_name(exported_dir):
+    """What takes a model by name takes an exported one."""
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    pipe = load_pipeline(str(exported_dir))
+    assert isinstance(pipe.model, BiRefNetOnnxForImageSegmentation)
+    expected = load_pipeline(BiRefNetOnnxForImageSegmentation.from_pretrained(exported_dir))(image)
+    assert np.array_equal(np.asarray(pipe(image)), np.asarray(expected))
+
+
 def test_openvino_agrees_with_pytorch(exported_dir, network_dir):
     pytest.importorskip("openvino")
     model = BiRefNetForImageSegmentation.from_pretrained(network_dir).eval()

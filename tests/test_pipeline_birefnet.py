@@ -485,3 +485,15 @@ def test_default_device_and_dtype_of_a_gpu(released_dir):
         results = pipe([photo(), photo(40, 80)], batch_size=2, **options)
         for image, result in zip((photo(), photo(40, 80)), results, strict=True):
             assert difference(result, on_cpu(image, **options)) <= 4
+
+
+def test_own_image_processor(tiny_model_dir, scene):
+    image, _ = scene
+    processor = BiRefNetImageProcessor.from_pretrained(tiny_model_dir, size={"height": 64, "width": 96})
+    pipe = load_pipeline(tiny_model_dir, image_processor=processor)
+    assert pipe.image_processor is processor
+    expected = load_pipeline(tiny_model_dir, size=(64, 96))(image)
+    assert np.array_equal(np.asarray(pipe(image)), np.asarray(expected))
+    assert load_pipeline(pipe.model, image_processor=processor).image_processor is processor
+    with pytest.raises(ValueError, match="image processor"):
+        load_pipeline(tiny_model_dir, image_processor=processor, size=64)

@@ -318,8 +318,11 @@ def save_image(image: Image.Image, path: str | os.PathLike[str], **parameters: A
         ValueError: Pillow knows no format of that suffix.
     """
     path = Path(path)
-    if path.suffix.lower() == ".webp":
+    suffix = path.suffix.lower()
+    if suffix == ".webp":
         parameters = {"lossless": True, **parameters}
+    elif suffix == ".png":  # more than twice as fast as Pillow's own 6, and at most a tenth larger
+        parameters = {"compress_level": 4, **parameters}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{secrets.token_hex(8)}{path.suffix}")
     try:

@@ -20,6 +20,7 @@ from .foreground import composite, parse_background, refine_foreground, to_uint8
 from .image_loading import load_image
 from .image_processing_birefnet import BiRefNetImageProcessor
 from .modeling_birefnet import BiRefNetForImageSegmentation, BiRefNetImageSegmentationOutput
+from .onnx_birefnet import ONNX_FILE_NAMES, BiRefNetOnnxForImageSegmentation
 
 
 logger = logging.get_logger(__name__)
@@ -335,6 +336,7 @@ def load_pipeline(
     device: str | int | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     *,
+    image_processor: BiRefNetImageProcessor | None = None,
     size: Size | None = None,
     patch_order: Literal["c_hg_wg", "wg_hg_c"] | None = None,
     revision: str | None = None,
@@ -346,13 +348,15 @@ def load_pipeline(
     """Builds a pipeline from any BiRefNet, also from released repositories, which the Auto classes refuse.
 
     Args:
-        model: Hub id; directory, released or written by `save_pretrained`; alias such as "lite" (see
-            `checkpoints_birefnet`), of which "nano" needs no download; or a model object, which is put into evaluation mode.
+        model: Hub id; directory, released, written by `save_pretrained` or by scripts/export_onnx.py (which runs in ONNX
+            Runtime); alias such as "lite" (see `checkpoints_birefnet`), of which "nano" needs no download; or a model
+            object, which is put into evaluation mode.
         task: "background-removal", or "image-segmentation" for Transformers' own pipeline with its binary masks.
         device: Where to compute; default the first CUDA or MPS device, else the CPU. A model object stays where it is.
         dtype: Precision of the weights; default float32 on the CPU, also for a float16 file, and the file's own on
             other devices. A model object keeps its own.
-        size: Input size of the network, (height, width) or one side, instead of the checkpoint's.
+        image_processor: Default the checkpoint's.
+        size: Input size of the network, (height, width) or one side, instead of the image processor's.
         patch_order: Order of the image patches' channels, instead of the configuration's; see `BiRefNetConfig`.
         revision, token, cache_dir, local_files_only: As in `from_pretrained`.
         **pipeline_options: Options of the pipeline, e.g. `batch_size`, `output_type`, `background`; see
@@ -377,6 +381,10 @@ def load_pipeline(
             raise ValueError(f'dtype={dtype!r} is unknown; use "float32", "float16", "bfloat16" or "auto".')
         dtype = getattr(torch, dtype)
     resize = {} if size is None else {"size": size}
+    if image_processor is not None and resize:
+        raise ValueError(
+            "`size` is the image processor's: give one of that size, or leave `image_processor` to be found."
+        )
 
     if not isinstance(model, str | os.PathLike):
         if patch_order not in (None, model.config.patch_order):
@@ -384,7 +392,7 @@ def load_pipeline(
         device = model.device if device is None else _find_device(device)
         if dtype not in (None, "auto"):
             model.to(dtype)
-        image_processor = _image_processor_of(model, **resize)
+        image_processor = image_processor or _image_processor_of(model, **resize)
     else:
         name = resolve_checkpoint(os.fspath(model))
         _check_name(name)
@@ -398,10 +406,23 @@ def load_pipeline(
             "local_files_only": local_files_only,
         }
         settings = {} if patch_order is None else {"patch_order": patch_order}
-        image_processor = BiRefNetImageProcessor.from_pretrained(name, **hub_options, **resize)
-        model = BiRefNetForImageSegmentation.from_pretrained(name, dtype=dtype, **hub_options, **settings)
+        if image_processor is None:
+            image_processor = BiRefNetImageProcessor.from_pretrained(name, **hub_options, **resize)
+        if _is_exported(name):
+            device = torch.device("cpu")
+            model = BiRefNetOnnxForImageSegmentation.from_pretrained(name, **hub_options)
+        else:
+            model = BiRefNetForImageSegmentation.from_pretrained(name, dtype=dtype, **hub_options, **settings)
     return pipeline_classes[task](
         model=model.eval(), image_processor=image_processor, device=device, task=task, **pipeline_options
+    )
+
+
+def _is_exported(name: str) -> bool:
+    """Whether it is a directory that holds a graph and no weights."""
+    files = os.listdir(name) if os.path.isdir(name) else ()
+    return any(file in ONNX_FILE_NAMES.values() for file in files) and not any(
+        file.endswith((".safetensors", ".bin", ".safetensors.index.json")) for file in files
     )
 
 
