@@ -4,6 +4,9 @@ r"""Measures latency, memory and accuracy, each row in a fresh process, and prin
     python scripts/benchmark.py --backbone swin_v1_t --sizes 512 1024 --dtypes float32 bfloat16 \
         --backends eager compile --reference BiRefNet
 
+    # Against the runtimes people convert it to, which first exports the network at each size (minutes):
+    python scripts/benchmark.py --backends eager onnxruntime openvino
+
     # A training step (forward, dis losses, backward, AdamW) against the reference's:
     python scripts/benchmark.py train --backbone swin_v1_t --sizes 512 --batch-size 2 --reference BiRefNet \
         --backends eager checkpointing
@@ -12,8 +15,8 @@ Weights are random, with deformable convolutions that do displace. Rounds altern
 of its own, so that the load of a busy machine falls on all; the median and the minimum over all runs are given, after a
 first one that does not count (compilation is part of that; `--no-warm-up` counts it). CPU seconds are the minimum over
 all runs, too: on a busy machine, compare these, with `--threads 1`. Peak memory is the process's. The difference is that
-of the logits from the first row's of the same size: the reference's where a checkout is given, else torchvision's
-deformable convolution, in float32.
+of the logits from the first row's of the same size: the reference's where a checkout is given, else those of
+this package without its fast paths, in float32.
 """
 
 import argparse
@@ -36,11 +39,20 @@ import torch.nn.functional as F
 import torchvision
 import transformers
 
-from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, ops_birefnet
+from birefnet_hf import (
+    BiRefNetConfig,
+    BiRefNetForImageSegmentation,
+    backbone_swin_birefnet,
+    modeling_birefnet,
+    ops_birefnet,
+)
 from birefnet_hf.loss_birefnet import BiRefNetLoss
+from birefnet_hf.onnx_birefnet import ONNX_FILE_NAMES, BiRefNetOnnxForImageSegmentation
 
 
 Row = dict[str, Any]
+
+RUNTIMES = ("onnxruntime", "openvino")
 
 
 def build_config(row: Row) -> BiRefNetConfig:
@@ -112,6 +124,18 @@ def reference_loss(model: torch.nn.Module) -> Callable[[torch.Tensor, torch.Tens
     return compute
 
 
+def export(row: Row) -> Row:
+    """Writes the ONNX file that rows of the runtimes load."""
+    from export_onnx import trace, write
+
+    model = build_model(row).eval()
+    folder = Path(row["exported"])
+    model.config.save_pretrained(folder)
+    program = trace(model, (row["size"], row["size"]), row["batch_size"])
+    write(program, folder / ONNX_FILE_NAMES[torch.float32], opset=22)
+    return {}
+
+
 def measure(row: Row) -> Row:
     """What a fresh process does for one row: times `repeats` runs, after a first one unless that is to count."""
     backend = row["backend"]
@@ -119,8 +143,15 @@ def measure(row: Row) -> Row:
     if backend == "torchvision":
         choose = ops_birefnet.deform_conv2d.__defaults__
         ops_birefnet.deform_conv2d.__defaults__ = (*choose[:-1], "torchvision")
+        for module in (ops_birefnet, modeling_birefnet, backbone_swin_birefnet):
+            module.is_plain_inference = lambda feature_map: False
     torch.set_num_threads(row["threads"])
-    model = build_reference(row) if is_reference else build_model(row)
+    if backend in RUNTIMES:
+        model = BiRefNetOnnxForImageSegmentation.from_pretrained(
+            row["exported"], runtime=backend, num_threads=row["threads"]
+        )
+    else:
+        model = build_reference(row) if is_reference else build_model(row)
     generator = torch.Generator().manual_seed(1)
     shape = (row["batch_size"], 3, row["size"], row["size"])
     dtype = getattr(torch, row["dtype"])
@@ -171,6 +202,9 @@ def run_in_fresh_process(row: Row) -> Row:
 
 def run_rows(rows: Sequence[Row], rounds: int) -> list[Row]:
     """Measures all rows `rounds` times in turn, and adds the results to them."""
+    for row in rows:
+        if row["backend"] in RUNTIMES and not Path(row["exported"]).is_dir():
+            run_in_fresh_process(row | {"task": "export"})
     for _ in range(rounds):
         for row in rows:
             result = run_in_fresh_process(row)
@@ -212,8 +246,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--backends",
         nargs="+",
         default=["eager"],
-        choices=("eager", "compile", "checkpointing"),
-        help="how this package runs; checkpointing is for training",
+        choices=("eager", "compile", "checkpointing", *RUNTIMES),
+        help="how this package runs; checkpointing is for training; the last two run its ONNX file, in float32",
     )
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16"))
     parser.add_argument("--sizes", nargs="+", type=int, default=[1024], help="pixels, of square images")
@@ -230,10 +264,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.worker is not None:
-        print(json.dumps(measure(args.worker)))
+        work = export if args.worker["task"] == "export" else measure
+        print(json.dumps(work(args.worker)))
         return 0
     if args.task == "inference" and "checkpointing" in args.backends:
         raise SystemExit("--backends checkpointing is for training: give the task, benchmark.py train.")
+    if args.task == "train" and set(args.backends) & set(RUNTIMES):
+        raise SystemExit(f"--backends {' '.join(RUNTIMES)} are for inference.")
     if args.reference is not None and not (args.reference / "models" / "birefnet.py").is_file():
         raise SystemExit(f"--reference {args.reference} holds no models/birefnet.py: give a checkout of BiRefNet.")
     with tempfile.TemporaryDirectory() as folder:
@@ -252,12 +289,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         baseline = "reference" if args.reference else "torchvision"
         rows = []
         for size in args.sizes:
-            cases = [(baseline, "float32"), *itertools.product(args.backends, args.dtypes)]
+            cases = [(baseline, "float32")]
+            for backend, dtype in itertools.product(args.backends, args.dtypes):
+                if dtype == "float32" or backend not in RUNTIMES:
+                    cases.append((backend, dtype))
             for backend, dtype in cases:
-                output = str(Path(folder) / f"{len(rows)}.pt")
-                rows.append(
-                    copy.deepcopy(common) | {"backend": backend, "dtype": dtype, "size": size, "output": output}
-                )
+                files = {
+                    "output": str(Path(folder) / f"{len(rows)}.pt"),
+                    "exported": str(Path(folder) / f"onnx_{size}"),
+                }
+                rows.append(copy.deepcopy(common) | {"backend": backend, "dtype": dtype, "size": size} | files)
         rows = run_rows(rows, args.rounds)
     machine = {
         "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
@@ -271,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_table(rows)
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     if args.json is not None:
-        hidden = ("weights", "output", "reference")
+        hidden = ("weights", "output", "exported", "reference")
         content = {**machine, "rows": [{k: v for k, v in row.items() if k not in hidden} for row in rows]}
         args.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
     return 0

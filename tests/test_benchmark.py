@@ -40,6 +40,24 @@ def test_inference(benchmark, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_runtimes(benchmark, tmp_path):
+    """The exported network, which has the weights of the others, in rows of its own."""
+    for package in ("onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package)
+    backends = ("--backends", "eager", "onnxruntime", "openvino", "--dtypes", "float32", "bfloat16", "--no-warm-up")
+    content = run(benchmark, tmp_path, *backends)
+    kinds = [(row["backend"], row["dtype"]) for row in content["rows"]]
+    assert kinds[1:] == [
+        ("eager", "float32"),
+        ("eager", "bfloat16"),
+        ("onnxruntime", "float32"),
+        ("openvino", "float32"),
+    ]
+    for row in content["rows"][3:]:
+        assert row["difference"] < 1e-4
+
+
+@pytest.mark.slow
 def test_training_step(benchmark, tmp_path):
     arguments = ("--batch-size", "2", "--backends", "eager", "checkpointing", "--no-warm-up")
     content = run(benchmark, tmp_path, "train", *arguments)
@@ -53,6 +71,8 @@ def test_not_a_checkout(benchmark, tmp_path):
         benchmark.main(["--reference", str(tmp_path)])
 
 
-def test_checkpointing_is_for_training(benchmark):
+def test_backends_of_the_other_task(benchmark):
     with pytest.raises(SystemExit, match="benchmark.py train"):
         benchmark.main(["--backends", "checkpointing"])
+    with pytest.raises(SystemExit, match="for inference"):
+        benchmark.main(["train", "--backends", "onnxruntime"])
