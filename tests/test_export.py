@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import load_script, tiny_settings
 
-from birefnet_hf import NANO, BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor, load_pipeline
+from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor, load_pipeline
 from birefnet_hf.onnx_birefnet import BiRefNetOnnxForImageSegmentation
 
 
@@ -213,7 +213,9 @@ def test_torch_export_agrees_with_eager(program, network_dir):
 def test_float16_beside_float32(exported_dir, network_dir, copy_of):
     output = copy_of(exported_dir)
     assert export_onnx.main([str(network_dir), str(output), "--dtype", "float16", "--check", "onnxruntime"]) == 0
-    assert (output / "model_fp16.onnx").stat().st_size < 0.75 * (output / "model.onnx").stat().st_size
+    saved = (output / "model.onnx").stat().st_size - (output / "model_fp16.onnx").stat().st_size
+    num_parameters = BiRefNetForImageSegmentation.from_pretrained(network_dir).num_parameters()
+    assert saved > 1.5 * num_parameters  # two bytes each, less what the file says about casts
     batch = pictures(1)
     both = [
         logits_of(BiRefNetOnnxForImageSegmentation.from_pretrained(output, file_name=name), batch).sigmoid()
@@ -237,14 +239,12 @@ def test_trained_network_through_onnxruntime(tmp_path, scene):
 
 
 @pytest.mark.slow
-def test_int8_weights_through_torchao(scene):
-    """The conversion of the README; how much accuracy it costs is written there."""
+def test_int8_weights_through_torchao():
+    """The conversion of the README: linear layers become smaller, and the mask nearly stays."""
     torchao = pytest.importorskip("torchao.quantization")
-    image, _ = scene
-    model = BiRefNetForImageSegmentation.from_pretrained(NANO, dtype=torch.float32).eval()
-    expected = np.asarray(load_pipeline(model)(image, output_type="mask"), dtype=int)
+    model = random_network(seed=0)
+    batch = pictures(2)
+    expected = logits_of(model, batch)
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
-    alpha = np.asarray(load_pipeline(model)(image, output_type="mask"), dtype=int)
-    difference = np.abs(alpha - expected)
-    assert difference.max() > 0  # it did something
-    assert difference.mean() < 2
+    difference = (logits_of(model, batch) - expected).abs()
+    assert 0 < difference.max() < 0.02 * expected.abs().max()
