@@ -16,7 +16,11 @@ from birefnet_hf import load_pipeline
 
 av = pytest.importorskip("av", reason="PyAV is not installed: pip install av")
 
+from birefnet_hf import video as video_module  # noqa: E402
 from birefnet_hf.video import VideoError, cut_out_video, probe_video  # noqa: E402
+
+
+BT709, UNSPECIFIED, BT601 = 1, 2, 5  # colour matrices by their numbers in FFmpeg
 
 
 def write_video(path: Path, num_frames: int = 6, size: tuple[int, int] = (64, 48), sound: bool = False) -> Path:
@@ -37,6 +41,29 @@ def write_video(path: Path, num_frames: int = 6, size: tuple[int, int] = (64, 48
             container.mux(audio.encode(frame))
             container.mux(audio.encode(None))
     return path
+
+
+def write_frames(path: Path, frames: list[np.ndarray], times: list[int], **reformat: int) -> Path:
+    """Frames at these times, in hundredths of a second. A path that ends in .h264 gets no times: it has no container."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=10, options={"qp": "4"})
+        video.height, video.width = frames[0].shape[:2]
+        video.pix_fmt = "yuv420p"
+        video.codec_context.time_base = Fraction(1, 100)
+        if reformat:
+            video.codec_context.colorspace = reformat.pop("tag")
+            video.codec_context.color_range = reformat["dst_color_range"]
+        for pixels, time in zip(frames, times, strict=True):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(format="yuv420p", **reformat)
+            frame.pts, frame.time_base = time, Fraction(1, 100)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+    return path
+
+
+def times_of(path: Path) -> list[float]:
+    with av.open(str(path)) as container:
+        return [frame.time for frame in container.decode(video=0)]
 
 
 def turn_clockwise(path: Path) -> Path:
@@ -110,6 +137,85 @@ def test_a_phones_video_is_turned_upright(tmp_path):
     rows, columns = np.nonzero(alphas[0] > 0.5)
     # In the file it covers columns 5 to 24 and rows 10 to 29 of 48.
     assert abs(rows.mean() - 14.5) < 2 and abs(columns.mean() - (47 - 19.5)) < 2
+
+
+@pytest.mark.parametrize(
+    ("matrix", "tag", "colour_range", "height"),
+    [
+        (BT709, BT709, 1, 64),
+        (BT601, BT601, 1, 64),
+        (BT601, BT601, 2, 64),  # 0 to 255, as phones and webcams write
+        (BT601, UNSPECIFIED, 1, 64),  # small ones are taken for BT.601
+        (BT709, UNSPECIFIED, 1, 720),  # and large ones for BT.709
+    ],
+)
+@pytest.mark.parametrize("suffix", [".webm", ".mov", ".mp4"])
+def test_colours_stay_and_are_named(tmp_path, matrix, tag, colour_range, height, suffix):
+    """Whatever matrix and range a video has, its colours come out, in a video that says how to read them."""
+    colours = np.array([[0, 255, 0], [255, 0, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 120, 60]], np.uint8)
+    pixels = np.broadcast_to(np.repeat(colours, 32, axis=0), (height, 192, 3)).copy()
+    source = write_frames(
+        tmp_path / "in.mp4", [pixels], [0], tag=tag, dst_colorspace=matrix, dst_color_range=colour_range
+    )
+    target = cut_out_video(
+        source,
+        tmp_path / f"out{suffix}",
+        lambda image, **_: Image.new("L", image.size, 255),
+        background=torch.zeros(3, 1, 1) if suffix == ".mp4" else None,
+        refine=False,
+    )
+    with av.open(str(target)) as container:
+        frame = next(container.decode(video=0))
+    assert (frame.colorspace, frame.color_range, frame.color_primaries, frame.color_trc) == (BT709, 1, BT709, BT709)
+    rgb = frame.reformat(format="rgb24", src_colorspace=BT709).to_ndarray()
+    middles = rgb[height // 2, 16::32].astype(int)
+    assert np.abs(middles - colours).max() <= 5
+
+
+def test_times_of_frames_are_kept_or_made_up(tmp_path):
+    frames = [np.full((48, 64, 3), 40 * index, np.uint8) for index in range(5)]
+    uneven = write_frames(tmp_path / "uneven.mp4", frames, [0, 10, 15, 60, 61])
+    target = cut_out_video(uneven, tmp_path / "uneven.mov", brightness_mask, refine=False)
+    assert times_of(target) == pytest.approx([0, 0.1, 0.15, 0.6, 0.61], abs=0.002)
+    none = write_frames(tmp_path / "none.h264", frames, [0, 10, 20, 30, 40])
+    assert times_of(none) == [None] * 5
+    times = np.array(times_of(cut_out_video(none, tmp_path / "none.mov", brightness_mask, refine=False)))
+    assert times == pytest.approx(np.arange(5) / 25, abs=0.002)  # what FFmpeg takes such a file's rate for
+
+
+def test_playlists_texts_and_photos_are_no_videos(tmp_path):
+    """A playlist would have the server read whatever files and addresses a visitor writes into it."""
+    write_video(tmp_path / "secret.mp4")
+    files = {
+        "concat.txt": b"ffconcat version 1.0\nfile secret.mp4\n",
+        "hls.m3u8": b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:1,\nsecret.mp4\n#EXT-X-ENDLIST\n",
+        "disguised.mp4": b"ffconcat version 1.0\nfile secret.mp4\n",
+        "letters.txt": b"FFmpeg draws these letters\n" * 50,
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    Image.new("RGB", (20, 20)).save(tmp_path / "photo.jpg")
+    for name in [*files, "photo.jpg", "missing.mp4"]:
+        with pytest.raises(VideoError, match=f"^{name} is no video that can be read") as caught:
+            cut_out_video(tmp_path / name, tmp_path / "out.webm", brightness_mask)
+        assert str(tmp_path) not in str(caught.value)
+
+
+def test_frames_of_another_size_and_too_many_are_refused(tmp_path):
+    frames = [np.full((48, 64, 3), 40 * index, np.uint8) for index in range(3)]
+    both = write_frames(tmp_path / "both.h264", frames, [0, 10, 20])
+    other = write_frames(tmp_path / "other.h264", [frame[:32] for frame in frames], [0, 10, 20])
+    both.write_bytes(both.read_bytes() + other.read_bytes())
+    with pytest.raises(VideoError, match="size of the frames changes"):
+        cut_out_video(both, tmp_path / "out.webm", brightness_mask)
+    # Times in a file may be made up, so that hours of frames seem to be over in a moment.
+    dense = write_frames(tmp_path / "dense.mp4", frames[:1] * 40, list(range(40)))
+    cut_out_video(dense, tmp_path / "out.mov", brightness_mask, refine=False, max_seconds=0.5)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(video_module, "MAX_RATE", 60)
+        with pytest.raises(VideoError, match="longer than the 0.5 s allowed"):
+            cut_out_video(dense, tmp_path / "out2.mov", brightness_mask, refine=False, max_seconds=0.5)
+    assert not (tmp_path / "out2.mov").exists()
 
 
 @pytest.mark.slow

@@ -26,6 +26,13 @@ Progress = Callable[[int, int], None]
 
 # Mean change of alpha from which on the next frame counts as another scene, which smoothing must not mix.
 SCENE_CHANGE = 0.15
+# More frames per second than any camera's, for a video with a limit on its length: times in a file may be wrong.
+MAX_RATE = 240
+# Colour matrices and the range of 16 to 235 by their numbers in FFmpeg.
+_BT709, _UNSPECIFIED, _BT601 = 1, 2, 5
+_LIMITED = 1
+# What is read. FFmpeg also knows playlists, which name other files, and takes a text for a picture of its letters.
+_CONTAINERS = "3gp,apng,asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mov,mpeg,mpegts,mpegvideo,mxf,ogg,yuv4mpegpipe"
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ def probe_video(
     import av
 
     try:
-        with av.open(os.fspath(source)) as container:
+        with _open(source) as container:
             if not container.streams.video:
                 raise VideoError(f"{Path(source).name} holds no video.")
             stream = container.streams.video[0]
@@ -100,7 +107,7 @@ def probe_video(
                 bool(container.streams.audio),
             )
     except (av.error.FFmpegError, OSError) as error:
-        raise VideoError(f"{Path(source).name} is no video that can be read: {error}.") from error
+        raise VideoError(f"{Path(source).name} is no video that can be read: {error.strerror}.") from error
     if max_pixels is not None and info.width * info.height > max_pixels:
         raise VideoError(f"Frames of {info.width}×{info.height} pixels are more than the {max_pixels} allowed.")
     if max_seconds is not None and info.seconds is not None and info.seconds > max_seconds:
@@ -126,7 +133,7 @@ def cut_out_video(
     """Removes or replaces the background of a video. Sound is kept, as are the times of the frames.
 
     Args:
-        source: Video file.
+        source: Video file; no playlist.
         target: File to write, whole or not at all: .webm (VP9 with alpha), .mov (ProRes 4444 with alpha) or .mp4
             (H.264, no alpha: needs a background or `mask_only`). An odd last row or column is cut off.
         pipe: What computes the masks, see `load_pipeline`.
@@ -184,12 +191,12 @@ def cut_out_video(
     temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        frame_size = _frame_size(os.fspath(source))
-        with av.open(os.fspath(source)) as reader, av.open(os.fspath(temporary), "w") as writer:
+        frame_size = _frame_size(source)
+        with _open(source) as reader, av.open(os.fspath(temporary), "w") as writer:
             _transcode(reader, writer, encoding, render, frame_size, info, max_seconds, progress)
         os.replace(temporary, target)
     except av.error.FFmpegError as error:
-        raise VideoError(f"{Path(source).name} cannot be read to its end: {error}.") from error
+        raise VideoError(f"{Path(source).name} cannot be read to its end: {error.strerror}.") from error
     finally:
         temporary.unlink(missing_ok=True)
     return target
@@ -212,31 +219,37 @@ def _transcode(
     video.thread_type = "AUTO"
     audio = reader.streams.audio[0] if reader.streams.audio else None
     start = (reader.start_time or 0) / av.time_base
-    time_base = video.time_base
+    time_base, rate = video.time_base, video.average_rate or 25
     sound = writer.add_stream(encoding.audio_codec, rate=48000, layout="stereo") if audio else None
     # Both streams are there before the first packet: it writes the file's header.
-    picture = writer.add_stream(encoding.video_codec, rate=video.average_rate or 25, options=encoding.options)
+    picture = writer.add_stream(encoding.video_codec, rate=rate, options=encoding.options)
     picture.width, picture.height = frame_size
     picture.pix_fmt = encoding.pixel_format
     picture.codec_context.time_base = time_base
-    count, last_pts = 0, -1
+    # Without these, players guess the colours by the size.
+    picture.codec_context.colorspace = picture.codec_context.color_primaries = _BT709
+    picture.codec_context.color_trc, picture.codec_context.color_range = _BT709, _LIMITED
+    step = max(1, round(1 / (rate * time_base)))  # between frames whose times the file does not say
+    count, last_pts = 0, -step
     for frame in _decode(reader, [video] if audio is None else [video, audio]):
         if isinstance(frame, av.AudioFrame):
             if frame.pts is not None:
                 frame.pts -= round(start / frame.time_base)
             writer.mux(sound.encode(frame))
             continue
-        pts = count if frame.pts is None else frame.pts - round(start / time_base)
-        pts = max(pts, last_pts + 1)  # encoders want times that grow
-        if max_seconds is not None and pts * time_base > max_seconds:
+        pts = last_pts + step if frame.pts is None else frame.pts - round(start / time_base)
+        pts = max(pts, last_pts + 1, 0)  # encoders want times that grow
+        if max_seconds is not None and (pts * time_base > max_seconds or count >= max_seconds * MAX_RATE):
             raise VideoError(f"The video is longer than the {max_seconds:g} s allowed; cut it first.")
-        rendered = render(_upright(frame))
-        if rendered.size != (picture.width, picture.height):
+        image = _upright(frame)
+        if image.size != frame_size:
             raise VideoError("The size of the frames changes within the video, which is not supported.")
+        rendered = render(image)
         # Not `from_image`, which drops alpha.
         layout = "rgba" if rendered.mode == "RGBA" else "rgb24"
         encoded = av.VideoFrame.from_ndarray(np.asarray(rendered), format=layout)
-        encoded = encoded.reformat(format=encoding.pixel_format)
+        encoded = encoded.reformat(format=encoding.pixel_format, dst_colorspace=_BT709)
+        encoded.color_primaries = encoded.color_trc = _BT709  # ProRes takes them from here
         encoded.pts, encoded.time_base = pts, time_base
         writer.mux(picture.encode(encoded))
         count, last_pts = count + 1, pts
@@ -248,11 +261,15 @@ def _transcode(
             writer.mux(sound.encode(None))
 
 
-def _frame_size(source: str) -> tuple[int, int]:
-    """Width and height of the first frame, upright; VideoError where there is none."""
+def _open(source: str | os.PathLike[str]) -> "av.container.InputContainer":
     import av
 
-    with av.open(source) as reader:
+    return av.open(os.fspath(source), options={"format_whitelist": _CONTAINERS})
+
+
+def _frame_size(source: str | os.PathLike[str]) -> tuple[int, int]:
+    """Width and height of the first frame, upright; VideoError where there is none."""
+    with _open(source) as reader:
         for frame in reader.decode(video=0):
             return _upright(frame).size
     raise VideoError(f"{Path(source).name} holds no frame that can be read.")
@@ -265,7 +282,10 @@ def _decode(reader: "av.container.InputContainer", streams: list[Any]) -> Iterat
 
 def _upright(frame: "av.VideoFrame") -> Image.Image:
     """The frame as RGB, turned as its display matrix says (phones), with even sides for chroma subsampling."""
-    image = frame.to_image()
+    matrix = frame.colorspace
+    if matrix == _UNSPECIFIED:
+        matrix = _BT709 if frame.height >= 720 else _BT601  # as players guess
+    image = frame.to_image(src_colorspace=matrix)
     rotation = getattr(frame, "rotation", 0) or 0
     if rotation:
         image = image.rotate(rotation, expand=True)
