@@ -147,8 +147,9 @@ def take_up(tensor: torch.Tensor, segments: list[Segment], dim: int) -> list[tup
 
 
 def join(pieces: list[tuple[int, torch.Tensor]], dim: int) -> torch.Tensor:
-    """Puts the parts that `take_up` gave in the order of their starts."""
-    tensors = [tensor for _, tensor in sorted(pieces, key=lambda piece: piece[0])]
+    """Puts together the parts that `take_up` gave: their starts grow, but for one place where the shift came round."""
+    first = next(index for index, (start, _) in enumerate(pieces) if start == 0)
+    tensors = [tensor for _, tensor in pieces[first:] + pieces[:first]]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=dim)
 
 
@@ -217,51 +218,71 @@ class BiRefNetSwinAttention(nn.Module):
         Returns:
             (B, H, W, C) and, in eager attention, the weights (B * windows, heads, window_size², window_size²).
         """
+        # By the mask where there is one: reentrant checkpointing turns autograd off after the mask was made.
+        if shift_mask.ndim == 4 if shift else works_in_bands(self.config, hidden_states):
+            return self.forward_in_bands(hidden_states, shift, shift_mask, before, after, **kwargs), None
+
+        batch_size, height, width, channels = hidden_states.shape
+        missing_rows, missing_columns = -height % self.window_size, -width % self.window_size
+        qkv = self.qkv(hidden_states if before is None else before(hidden_states))  # (B, H, W, 3C)
+        if missing_rows or missing_columns:
+            # The bias, asked of the module because adapters and offloaded weights take effect when it is called.
+            padding = self.qkv(hidden_states.new_zeros(1, 1, 1, channels))
+            qkv = torch.cat((qkv, padding.expand(batch_size, height, missing_columns, -1)), dim=2)
+            qkv = torch.cat((qkv, padding.expand(batch_size, missing_rows, width + missing_columns, -1)), dim=1)
+        mask = self.position_bias().to(hidden_states.dtype)
+        if shift:
+            qkv = torch.roll(qkv, shifts=(-shift, -shift), dims=(1, 2))
+            mask = (mask + shift_mask[:, None]).repeat(batch_size, 1, 1, 1)
+        output, weights = self.attend(qkv, mask, **kwargs)
+        if shift:
+            output = torch.roll(output, shifts=(shift, shift), dims=(1, 2))
+        output = self.proj(output[:, :height, :width])
+        return output if after is None else after(hidden_states, output), weights
+
+    def forward_in_bands(
+        self,
+        hidden_states: torch.Tensor,
+        shift: int,
+        shift_mask: torch.Tensor | None,
+        before: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        after: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """The output of `forward`, for some rows of windows at a time, so that what lies between stays in the cache."""
         batch_size, height, width, channels = hidden_states.shape
         rows, columns = (shifted_segments(size, self.window_size, shift) for size in (height, width))
         padded_height, padded_width = (round_up(size, self.window_size) for size in (height, width))
         padding = None
         if any(segment.start is None for segment in (*rows, *columns)):
-            # The bias, asked of the module because adapters and offloaded weights take effect when it is called.
-            padding = self.qkv(hidden_states.new_zeros(1, 1, 1, channels))
+            padding = self.qkv(hidden_states.new_zeros(1, 1, 1, channels))  # as in `forward`
 
         bias = self.position_bias().to(hidden_states.dtype)
-        # By the mask where there is one: reentrant checkpointing turns autograd off after the mask was made.
-        in_bands = shift_mask.ndim == 4 if shift else works_in_bands(self.config, hidden_states)
-        bands = [rows]
-        if in_bands:
-            window_row_bytes = (
-                batch_size * self.window_size * padded_width * 3 * channels * hidden_states.element_size()
-            )
-            band_height = self.window_size * max(1, BAND_BYTES // window_row_bytes)
-            bands = [crop_segments(rows, start, start + band_height) for start in range(0, padded_height, band_height)]
-            if shift:
-                shift_mask = bias + shift_mask[:, :, None]  # (2, 2, heads, tokens, tokens)
-
-        outputs, weights = [], None
-        for index, band in enumerate(bands):
+        if shift:
+            shift_mask = bias + shift_mask[:, :, None]  # (2, 2, heads, tokens, tokens)
+        window_row_bytes = batch_size * self.window_size * padded_width * 3 * channels * hidden_states.element_size()
+        band_height = self.window_size * max(1, BAND_BYTES // window_row_bytes)
+        outputs = []
+        for start in range(0, padded_height, band_height):
+            band = crop_segments(rows, start, start + band_height)
             real = [segment for segment in band if segment.start is not None]
             tokens = lay_out(hidden_states, real, dim=1, padding=None)  # (B, rows, W, C)
             qkv = linear(self.qkv, tokens if before is None else before(tokens))  # (B, rows, W, 3C)
             qkv = lay_out(qkv, columns, dim=2, padding=padding)
             inner, place = [], 0
-            for start, length in band:
-                inner.append(Segment(None if start is None else place, length))
-                place += 0 if start is None else length
+            for first, length in band:
+                inner.append(Segment(None if first is None else place, length))
+                place += 0 if first is None else length
             qkv = lay_out(qkv, inner, dim=1, padding=padding)
-            if not in_bands:
-                mask = bias
-                if shift:
-                    mask = (bias + shift_mask[:, None]).repeat(batch_size, 1, 1, 1)
-                output, weights = self.attend(qkv, mask, **kwargs)
-            elif not shift:
-                output, _ = self.attend(qkv, bias, **kwargs)
+            if shift:
+                is_last = start + band_height >= padded_height
+                output = self.attend_shifted(qkv, shift_mask, is_last, **kwargs)
             else:
-                output = self.attend_shifted(qkv, shift_mask, is_last=index == len(bands) - 1, **kwargs)
+                output, _ = self.attend(qkv, bias, **kwargs)
             output = join(take_up(output, inner, dim=1), dim=1)
             output = linear(self.proj, join(take_up(output, columns, dim=2), dim=2))
             outputs += take_up(output if after is None else after(tokens, output), real, dim=1)
-        return join(outputs, dim=1), weights
+        return join(outputs, dim=1)
 
     def attend(self, qkv: torch.Tensor, mask: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention within each window of a grid.

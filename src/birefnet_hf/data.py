@@ -688,8 +688,9 @@ class TrainingDataset(torch.utils.data.Dataset):
     """Pairs as the network's inputs: `dataset[key]` is {"pixel_values": 3×H×W, "labels": 1×H×W}, both float32.
 
     The key is a `SampleKey`, or an integer for the processor's size and the epoch of `set_epoch`, which the loaders
-    of Accelerate, and so Transformers' `Trainer`, call in runs of one process. A sample is a pure function of (seed, epoch, index), also where
-    the pictures are composed or a user's own transform draws from torch's global random numbers.
+    of Accelerate, and so Transformers' `Trainer`, call in runs of one process. A sample is a pure function of (seed,
+    epoch, index), also where the pictures are composed or a user's own transform draws from torch's global random
+    numbers.
 
     Args:
         pairs: map-style dataset of {"image", "mask"} PIL images, from `load_pairs` or elsewhere.

@@ -366,8 +366,8 @@ def vary_object(
 ) -> Image.Image:
     """An RGBA cut-out resized to about `side` pixels, then mirrored, stretched, turned, recoloured, lit, perhaps blurred.
 
-    Half of them get a surface, mostly a part of the photograph that `open_photo` returns, if given: cut-outs that are flat drawings would teach that
-    what has texture is background.
+    Half of them get a surface, mostly a part of the photograph that `open_photo` returns, if given: cut-outs that are
+    flat drawings would teach that what has texture is background.
     """
     box = cutout.getchannel("A").getbbox()
     if box is None:
