@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import zipfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +80,10 @@ VIDEO_FORMATS = {
 }
 # What browsers show as it is, turned as its EXIF data say.
 SHOWN_BY_BROWSERS = {".png", ".jpg", ".jpeg", ".webp"}
+OUT_OF_MEMORY = "There is not enough memory at this input size: choose a smaller one."
 EXAMPLES = Path(__file__).parent / "examples"
+EXAMPLE_PHOTOS = [str(EXAMPLES / name) for name in ("lemur.jpg", "coffee.png", "chelsea_cat.png")]
+EXAMPLE_VIDEO = str(EXAMPLES / "coffee_pan.mp4")
 
 
 @dataclass(frozen=True)
@@ -292,11 +295,15 @@ def compute(photo: Image.Image, options: Options) -> tuple[Image.Image, Image.Im
             device=pipe.device,
         )
     except (MemoryError, RuntimeError) as error:
-        # PyTorch's allocators raise RuntimeErrors of their own for each device; any other error is a fault to be seen.
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        raise gr.Error("There is not enough memory at this input size: choose a smaller one.") from error
+        if not is_out_of_memory(error):
+            raise  # a fault, to be seen in the log
+        raise gr.Error(OUT_OF_MEMORY) from error
     return result, mask
+
+
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """PyTorch's allocators raise RuntimeErrors of their own for each device."""
+    return isinstance(error, MemoryError) or "memory" in str(error)
 
 
 def cut_out_image(
@@ -403,15 +410,16 @@ def cut_out_batch(
 
 
 def _unique_names(files: list[str]) -> list[str]:
-    """A PNG name for each file; those of one stem are numbered."""
-    counts: Counter[str] = Counter()
-    names = []
+    """A PNG name for each file; those of one stem are numbered, past names that end in such a number already."""
+    names: dict[str, str] = {}  # by what file systems take for the same
     for file in files:
-        stem = Path(file).stem
-        counts[stem.casefold()] += 1
-        number = counts[stem.casefold()]
-        names.append(f"{stem}.png" if number == 1 else f"{stem} ({number}).png")
-    return names
+        stem = name = Path(file).stem
+        number = 1
+        while name.casefold() in names:
+            number += 1
+            name = f"{stem} ({number})"
+        names[name.casefold()] = f"{name}.png"
+    return list(names.values())
 
 
 def _zip(folder: Path, names: list[str]) -> str:
@@ -447,6 +455,10 @@ def compute_clip(video: str, target: str, options: Options, smoothing: float, pr
         )
     except (VideoError, ValueError) as error:
         raise gr.Error(str(error)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise  # a fault, to be seen in the log
+        raise gr.Error(OUT_OF_MEMORY) from error
 
 
 def cut_out_clip(
@@ -562,8 +574,7 @@ def image_tab() -> None:
                 height=320,
                 elem_id="photo",
             )
-            samples = sorted(str(path) for path in EXAMPLES.glob("*.png"))
-            examples = gr.Examples(samples, photo, label="or try one of these")
+            examples = gr.Examples(EXAMPLE_PHOTOS, photo, label="or try one of these")
             url = gr.Textbox(
                 "", label="or its address on the web", placeholder="https://…", max_lines=1, elem_id="url"
             )
@@ -600,8 +611,7 @@ def batch_tab() -> None:
     with gr.Row():
         with gr.Column():
             files = gr.File(file_count="multiple", type="filepath", label="Photos", elem_id="batch-input", height=200)
-            samples = sorted(str(path) for path in EXAMPLES.glob("*.png"))
-            examples = gr.Examples([[samples]], files, label="or try these")
+            examples = gr.Examples([[EXAMPLE_PHOTOS]], files, label="or try these")
             start = gr.Button("Remove backgrounds", variant="primary", elem_id="start-batch")
             controls = option_controls()
         with gr.Column():
@@ -627,8 +637,7 @@ def video_tab() -> None:
             video = gr.Video(
                 label=f"Video, up to {MAX_SECONDS:g} seconds", sources=["upload"], height=320, elem_id="video"
             )
-            samples = sorted(str(path) for path in EXAMPLES.glob("*.mp4"))
-            examples = gr.Examples(samples, video, label="or try this one")
+            examples = gr.Examples([EXAMPLE_VIDEO], video, label="or try this one")
             video_format = gr.Dropdown(list(VIDEO_FORMATS), value="WebM, transparent", label="Result")
             start = gr.Button("Remove background", variant="primary", elem_id="start-video")
             smoothing = gr.Slider(0, 0.9, 0, step=0.1, label="Smoothing over time", info="Calms flicker.")

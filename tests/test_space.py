@@ -283,6 +283,12 @@ def test_batch_reports_the_broken_file_and_zips_the_others(client, photo, tmp_pa
         assert Image.open(content.open("photo.png")).mode == "RGBA"
 
 
+def test_no_result_of_a_batch_replaces_another(app):
+    files = ["a/photo.png", "photo (2).png", "photo.jpg", "PHOTO.webp", "other.png"]
+    names = app._unique_names(files)
+    assert names == ["photo.png", "photo (2).png", "photo (3).png", "PHOTO (4).png", "other.png"]
+
+
 def test_video_endpoint_keeps_alpha(client, tmp_path):
     source = write_video(tmp_path / "clip.mp4", num_frames=3)
     for video_format in ("WebM, transparent", "ProRes 4444, transparent"):
@@ -408,13 +414,13 @@ def test_uploads_and_results_are_deleted_after_a_while(tiny_model_dir, photo, mo
         demo.close()
 
 
-def test_running_out_of_memory_is_a_message_and_stops_nothing_else(app, photo, monkeypatch):
+def test_running_out_of_memory_is_a_message_and_stops_nothing_else(app, photo, tmp_path, monkeypatch):
     class Full:
         calls, device = 0, "cpu"
 
         def __call__(self, image, **options):
             self.calls += 1
-            if self.calls == 1:
+            if self.calls in (1, 3):
                 raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate")
             return Image.new("L", image.size, 128)
 
@@ -423,6 +429,8 @@ def test_running_out_of_memory_is_a_message_and_stops_nothing_else(app, photo, m
     results, archive, report = app.cut_out_batch([str(photo), str(photo)])
     assert len(results) == 1 and "1 done, 1 failed." in report
     assert "not enough memory" in report
+    with pytest.raises(gr.Error, match="not enough memory"):
+        app.cut_out_clip(str(write_video(tmp_path / "clip.mp4", num_frames=2)))
 
 
 def test_what_is_pushed_runs_by_itself(photo, tmp_path):
@@ -465,6 +473,14 @@ def test_what_is_pushed_runs_by_itself(photo, tmp_path):
         server.wait(60)
         log.close()
     assert not list(temporary.glob("birefnet-space-*"))
+
+
+def test_examples_are_there_with_their_licences(app):
+    """Every photo and video that is pushed along is shown, and its line says under which terms."""
+    shown = {Path(path).name for path in [*app.EXAMPLE_PHOTOS, app.EXAMPLE_VIDEO]}
+    assert {path.name for path in app.EXAMPLES.iterdir()} == shown | {"SOURCES.md"}
+    lines = (app.EXAMPLES / "SOURCES.md").read_text(encoding="utf-8").splitlines()
+    assert {line.split("|")[1].strip() for line in lines if "CC0" in line} == shown
 
 
 def test_requirements_of_the_space_are_those_of_the_package():
