@@ -201,6 +201,27 @@ def test_playlists_texts_and_photos_are_no_videos(tmp_path):
         assert str(tmp_path) not in str(caught.value)
 
 
+def test_unknown_codecs_are_refused_and_unreadable_names_are_not(tmp_path):
+    source = write_video(tmp_path / "in.mp4")
+    content = source.read_bytes()
+    source.write_bytes(content.replace(b"VideoHandler", b"Vid\xe9oHandler"))  # Latin-1 where UTF-8 should be
+    assert cut_out_video(source, tmp_path / "out.webm", brightness_mask).exists()
+    source.write_bytes(content.replace(b"avc1", b"zzzz"))
+    with pytest.raises(VideoError, match="coded in a way"):
+        cut_out_video(source, tmp_path / "out.webm", brightness_mask)
+
+
+def test_frames_far_larger_than_the_first_are_not_decoded(tmp_path):
+    small = np.zeros((48, 64, 3), np.uint8)
+    bomb = write_frames(tmp_path / "bomb.h264", [small] * 3, [0, 10, 20])
+    large = write_frames(tmp_path / "large.h264", [np.zeros((480, 640, 3), np.uint8)], [0])
+    bomb.write_bytes(bomb.read_bytes() + large.read_bytes())
+    with pytest.raises(VideoError, match="size of the frames changes"):  # decoded
+        cut_out_video(bomb, tmp_path / "out.webm", brightness_mask)
+    with pytest.raises(VideoError, match="cannot be read to its end"):
+        cut_out_video(bomb, tmp_path / "out.webm", brightness_mask, max_pixels=64 * 48)
+
+
 def test_frames_of_another_size_and_too_many_are_refused(tmp_path):
     frames = [np.full((48, 64, 3), 40 * index, np.uint8) for index in range(3)]
     both = write_frames(tmp_path / "both.h264", frames, [0, 10, 20])

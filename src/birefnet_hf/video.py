@@ -97,6 +97,8 @@ def probe_video(
             if not container.streams.video:
                 raise VideoError(f"{Path(source).name} holds no video.")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise VideoError(f"{Path(source).name} is coded in a way that FFmpeg does not know.")
             seconds = None if container.duration is None else container.duration / av.time_base
             rate = float(stream.average_rate or 0)
             info = VideoInfo(
@@ -191,8 +193,8 @@ def cut_out_video(
     temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        frame_size = _frame_size(source)
-        with _open(source) as reader, av.open(os.fspath(temporary), "w") as writer:
+        frame_size = _frame_size(source, max_pixels)
+        with _open(source, max_pixels) as reader, av.open(os.fspath(temporary), "w") as writer:
             _transcode(reader, writer, encoding, render, frame_size, info, max_seconds, progress)
         os.replace(temporary, target)
     except av.error.FFmpegError as error:
@@ -261,15 +263,22 @@ def _transcode(
             writer.mux(sound.encode(None))
 
 
-def _open(source: str | os.PathLike[str]) -> "av.container.InputContainer":
+def _open(source: str | os.PathLike[str], max_pixels: int | None = None) -> "av.container.InputContainer":
+    """Opens a video so that frames far above `max_pixels`, of which its header says nothing, are not even decoded."""
     import av
 
-    return av.open(os.fspath(source), options={"format_whitelist": _CONTAINERS})
+    # Cameras write names in all kinds of encodings.
+    container = av.open(os.fspath(source), options={"format_whitelist": _CONTAINERS}, metadata_errors="replace")
+    for stream in container.streams.video:
+        if max_pixels is not None and stream.codec_context is not None:
+            # Decoders count rows and columns that are cut off later.
+            stream.codec_context.options = {"max_pixels": str(2 * max_pixels)}
+    return container
 
 
-def _frame_size(source: str | os.PathLike[str]) -> tuple[int, int]:
+def _frame_size(source: str | os.PathLike[str], max_pixels: int | None) -> tuple[int, int]:
     """Width and height of the first frame, upright; VideoError where there is none."""
-    with _open(source) as reader:
+    with _open(source, max_pixels) as reader:
         for frame in reader.decode(video=0):
             return _upright(frame).size
     raise VideoError(f"{Path(source).name} holds no frame that can be read.")
