@@ -274,7 +274,7 @@ def prepare_model(name: str, progress: gr.Progress) -> tuple[str, str]:
         progress(0, desc=f"Loading the model {name} (takes a while the first time)")
     name, notice = MODELS.prepare(name)
     if notice:
-        gr.Warning(notice)
+        gr.Warning(notice.replace("**", ""))  # not shown as Markdown there
     return name, notice
 
 
@@ -396,11 +396,12 @@ def cut_out_batch(
     folder = request_folder()
     results, failures = [], []
     for index, (file, target) in enumerate(zip(files, _unique_names(files), strict=True)):
-        progress((index, len(files)), desc=Path(file).name, unit="photos")
+        title = Path(file).name
+        progress((index, len(files)), desc=title, unit="photos")
         try:
             result, _ = compute(read_photo(file), options)
         except gr.Error as error:
-            failures.append(f"- **{Path(file).name}**: {error.message}")
+            failures.append(f"- {error.message}" if title in error.message else f"- {title}: {error.message}")
             continue
         save_image(result, folder / target)
         results.append((str(folder / target), target))
@@ -514,7 +515,8 @@ def cut_out_clip(
 
 CSS = """
 .gradio-container { width: 100% !important; max-width: 1100px !important; margin: 0 auto !important; }
-.result-file:has(.empty) { display: none; }
+.result-file:has(.empty), .notice:not(:has(p)) { display: none; }
+#gallery .grid-wrap { min-height: 0; max-height: 75vh; }
 .checkered { --light: #ffffff; --shade: #d4d4d8; }
 .dark .checkered { --light: #52525b; --shade: #3f3f46; }
 .checkered img, .checkered video {
@@ -584,7 +586,7 @@ def image_tab() -> None:
             slider = gr.ImageSlider(
                 type="filepath", format="png", label="Before and after", elem_classes="checkered", elem_id="slider"
             )
-            notice = gr.Markdown(label="Notice", elem_id="image-notice")
+            notice = gr.Markdown(label="Notice", elem_classes="notice", elem_id="image-notice")
             download = gr.File(label="Download PNG", elem_id="image-file", elem_classes="result-file")
             with gr.Accordion("Mask", open=False):
                 mask = gr.Image(type="filepath", format="png", label="Alpha", image_mode="L", elem_id="mask")
@@ -623,7 +625,7 @@ def batch_tab() -> None:
                 elem_classes="checkered",
                 elem_id="gallery",
             )
-            report = gr.Markdown(label="Report", elem_id="batch-report")
+            report = gr.Markdown(label="Report", elem_classes="notice", elem_id="batch-report")
             archive = gr.File(label="Download ZIP", elem_id="batch-file", elem_classes="result-file")
     inputs, outputs = [files, *controls], [gallery, archive, report]
     shared = run_settings(gallery)
@@ -644,7 +646,7 @@ def video_tab() -> None:
             controls = option_controls()
         with gr.Column():
             result = gr.Video(label="Result", elem_classes="checkered", interactive=False, elem_id="video-result")
-            notice = gr.Markdown(label="Notice", elem_id="video-notice")
+            notice = gr.Markdown(label="Notice", elem_classes="notice", elem_id="video-notice")
             download = gr.File(label="Download", elem_id="video-file", elem_classes="result-file")
     inputs, outputs = [video, video_format, smoothing, *controls], [result, download, notice]
     shared = run_settings(result)

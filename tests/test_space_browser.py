@@ -165,6 +165,7 @@ def test_a_model_that_cannot_be_fetched_is_noticed(visitors, url, tmp_path):
     page.get_by_role("option", name=UNKNOWN_MODEL.split("/")[1]).click()
     upload(page, "#photo", make_photo(tmp_path / "p.png"))
     page.locator("#image-notice").get_by_text("the small built-in model nano was used").wait_for()
+    toast(page, f"{UNKNOWN_MODEL} cannot be loaded now, so the small built-in model nano was used")
     page.locator("#image-file a[download]").first.wait_for()
 
 

@@ -119,7 +119,7 @@ def load_image(
     except UnidentifiedImageError as error:
         raise ImageLoadError(f"{name} is no image, or of a format that Pillow does not know.") from error
     except _DECODING_ERRORS as error:
-        raise ImageLoadError(f"{name} cannot be read: {error}.") from error
+        raise ImageLoadError(f"{name} cannot be read: {str(error).rstrip('.')}.") from error
 
 
 def _upright_rgb(image: Image.Image, max_pixels: int | None) -> Image.Image:
