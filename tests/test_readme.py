@@ -28,11 +28,9 @@ COMMANDS = [
 
 
 def as_parameters(texts: list[str]) -> list:
-    """The texts as parameters of a test; tracing a network for its export takes most of a minute."""
-    return [
-        pytest.param(text, marks=pytest.mark.slow if '"exported"' in text or "export_onnx" in text else ())
-        for text in texts
-    ]
+    """The texts as parameters of a test; tracing a network for its export, or measuring it, takes most of a minute."""
+    slow = ('"exported"', "export_onnx", "benchmark")
+    return [pytest.param(text, marks=pytest.mark.slow if any(word in text for word in slow) else ()) for text in texts]
 
 
 @pytest.fixture
@@ -88,6 +86,9 @@ def test_commands(command, workplace, tiny_model_dir):
         result = subprocess.run([sys.executable, ROOT / arguments[0], *arguments[1:]], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-2000:]
     else:
+        if "benchmark.py" in arguments[0]:  # on a smaller network, without the reference
+            changes = {"swin_v1_l": "swin_v1_t", "1024": "64", "--reference": "--threads", "BiRefNet": "1"}
+            arguments = [changes.get(argument, argument) for argument in arguments]
         if arguments[-2:] == ["my-birefnet", "--verify"]:  # which this command is to create
             Path("my-birefnet").unlink()
         assert runpy.run_path(str(ROOT / arguments[0]))["main"](arguments[1:]) in (None, 0)

@@ -223,7 +223,7 @@ class BiRefNetSwinAttention(nn.Module):
             return self.forward_in_bands(hidden_states, shift, shift_mask, before, after, **kwargs), None
 
         batch_size, height, width, channels = hidden_states.shape
-        missing_rows, missing_columns = -height % self.window_size, -width % self.window_size
+        missing_rows, missing_columns = (round_up(size, self.window_size) - size for size in (height, width))
         qkv = self.qkv(hidden_states if before is None else before(hidden_states))  # (B, H, W, 3C)
         if missing_rows or missing_columns:
             # The bias, asked of the module because adapters and offloaded weights take effect when it is called.
@@ -394,12 +394,15 @@ class BiRefNetSwinPatchMerging(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) → (B, ⌈H/2⌉, ⌈W/2⌉, 2C); odd sides are padded with zeros."""
-        _, height, width, _ = hidden_states.shape
+        batch_size, height, width, channels = hidden_states.shape
         if height % 2 or width % 2:
             hidden_states = F.pad(hidden_states, (0, 0, 0, width % 2, 0, height % 2))
+            _, height, width, _ = hidden_states.shape
         # Order of the neighbours (row, column): (0, 0), (1, 0), (0, 1), (1, 1).
-        neighbours = [hidden_states[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        return linear(self.reduction, self.norm(torch.cat(neighbours, dim=-1)))
+        neighbours = hidden_states.reshape(batch_size, height // 2, 2, width // 2, 2, channels).permute(
+            0, 1, 3, 4, 2, 5
+        )
+        return linear(self.reduction, self.norm(neighbours.flatten(3)))
 
 
 class BiRefNetSwinStage(nn.Module):
