@@ -19,8 +19,8 @@ from birefnet_hf import load_pipeline
 from birefnet_hf.image_loading import load_image, save_image
 
 
-PHOTO = Path(__file__).parents[1] / "space" / "examples" / "chelsea_cat.png"
-PHOTO_CREDIT = "Chelsea the cat, by Stéfan van der Walt, CC0 (space/examples/SOURCES.md)"
+PHOTO = Path(__file__).parents[1] / "space" / "examples" / "lemur.jpg"
+PHOTO_CREDIT = "a ruffed lemur, by Mathias Appel, CC0 (space/examples/SOURCES.md)"
 LARGEST_SIDE = 1200  # of either half of the picture to look at
 SQUARE = 16
 
