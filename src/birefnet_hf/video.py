@@ -218,7 +218,7 @@ def _transcode(
     import av
 
     video = reader.streams.video[0]
-    video.thread_type = "AUTO"
+    video.thread_type = "SLICE"  # with a thread for each frame, errors of the last ones get lost
     audio = reader.streams.audio[0] if reader.streams.audio else None
     start = (reader.start_time or 0) / av.time_base
     time_base, rate = video.time_base, video.average_rate or 25
