@@ -659,7 +659,8 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
 
     def encode(self, image: torch.Tensor, **kwargs) -> list[torch.Tensor]:
         """Four maps (B, C_i, H/4.., W/4..), fine to coarse: the backbone's at full and, fused, at half size."""
-        feature_maps = self.backbone(image, **kwargs)
+        # A list of its own: what follows replaces its maps one by one, so that each is released.
+        feature_maps = list(self.backbone(image, **kwargs))
         if self.config.multi_scale_input == "none":
             return feature_maps
         half_image = resize(image, (image.shape[-2] // 2, image.shape[-1] // 2))
