@@ -11,6 +11,7 @@ A thin client of `birefnet_hf`. Environment variables, all optional:
 """
 
 import atexit
+import contextlib
 import gc
 import logging
 import os
@@ -22,7 +23,7 @@ import threading
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,6 @@ VIDEO_FORMATS = {
 }
 # What browsers show as it is, turned as its EXIF data say.
 SHOWN_BY_BROWSERS = {".png", ".jpg", ".jpeg", ".webp"}
-OUT_OF_MEMORY = "There is not enough memory at this input size: choose a smaller one."
 EXAMPLES = Path(__file__).parent / "examples"
 EXAMPLE_PHOTOS = [str(EXAMPLES / name) for name in ("lemur.jpg", "coffee.png", "chelsea_cat.png")]
 EXAMPLE_VIDEO = str(EXAMPLES / "coffee_pan.mp4")
@@ -278,12 +278,24 @@ def prepare_model(name: str, progress: gr.Progress) -> tuple[str, str]:
     return name, notice
 
 
+@contextlib.contextmanager
+def memory_explained() -> Iterator[None]:
+    """Tells the visitor what to do where memory runs out; any other error is a fault, to be seen in the log."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch's allocators raise RuntimeErrors of their own for each device.
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise gr.Error("There is not enough memory at this input size: choose a smaller one.") from error
+
+
 @GPU
 def compute(photo: Image.Image, options: Options) -> tuple[Image.Image, Image.Image]:
     """The result for one photo and its mask. Raises nothing but gr.Error for the visitor: ZeroGPU hides other texts."""
     pipe = MODELS.get(options.model)
     resize = {} if options.size is None else {"size": options.size}
-    try:
+    with memory_explained():
         mask = pipe(photo, output_type="mask", threshold=options.threshold, **resize)
         if options.mask_only:
             return mask, mask
@@ -294,16 +306,7 @@ def compute(photo: Image.Image, options: Options) -> tuple[Image.Image, Image.Im
             refine_foreground=options.refine,
             device=pipe.device,
         )
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise  # a fault, to be seen in the log
-        raise gr.Error(OUT_OF_MEMORY) from error
     return result, mask
-
-
-def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
-    """PyTorch's allocators raise RuntimeErrors of their own for each device."""
-    return isinstance(error, MemoryError) or "memory" in str(error)
 
 
 def cut_out_image(
@@ -440,26 +443,23 @@ def clip_seconds(video: str, *_: Any) -> int:
 def compute_clip(video: str, target: str, options: Options, smoothing: float, progress: gr.Progress) -> None:
     """Writes the result for one video. Like `compute`, it raises gr.Error alone."""
     try:
-        cut_out_video(
-            video,
-            target,
-            MODELS.get(options.model),
-            background=options.background,
-            refine=options.refine,
-            mask_only=options.mask_only,
-            smoothing=smoothing,
-            size=options.size,
-            threshold=options.threshold,
-            max_seconds=MAX_SECONDS,
-            max_pixels=MAX_FRAME_PIXELS,
-            progress=lambda done, total: progress((done, total or None), unit="frames"),
-        )
+        with memory_explained():
+            cut_out_video(
+                video,
+                target,
+                MODELS.get(options.model),
+                background=options.background,
+                refine=options.refine,
+                mask_only=options.mask_only,
+                smoothing=smoothing,
+                size=options.size,
+                threshold=options.threshold,
+                max_seconds=MAX_SECONDS,
+                max_pixels=MAX_FRAME_PIXELS,
+                progress=lambda done, total: progress((done, total or None), unit="frames"),
+            )
     except (VideoError, ValueError) as error:
         raise gr.Error(str(error)) from error
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise  # a fault, to be seen in the log
-        raise gr.Error(OUT_OF_MEMORY) from error
 
 
 def cut_out_clip(

@@ -245,8 +245,8 @@ class BiRefNetSwinAttention(nn.Module):
         hidden_states: torch.Tensor,
         shift: int,
         shift_mask: torch.Tensor | None,
-        before: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        after: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        before: Callable[[torch.Tensor], torch.Tensor] | None,
+        after: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
         **kwargs,
     ) -> torch.Tensor:
         """The output of `forward`, for some rows of windows at a time, so that what lies between stays in the cache."""
