@@ -239,6 +239,18 @@ def test_frames_of_another_size_and_too_many_are_refused(tmp_path):
     assert not (tmp_path / "out2.mov").exists()
 
 
+def test_a_video_is_never_replaced_by_its_result(tmp_path):
+    source = write_video(tmp_path / "in.mp4").rename(tmp_path / "in.mov")
+    content = source.read_bytes()
+    (tmp_path / "link.mov").symlink_to(source)
+    for target in (source, tmp_path / "link.mov"):
+        with pytest.raises(ValueError, match="is the video itself"):
+            cut_out_video(source, target, brightness_mask)
+    with pytest.raises(VideoError, match="missing.mp4 is no video"):
+        cut_out_video(tmp_path / "missing.mp4", source, brightness_mask)
+    assert source.read_bytes() == content and (tmp_path / "link.mov").is_symlink()
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_length(tmp_path):
     """Peak memory of a fresh process after 20, 60 and 200 frames of 640×480 pixels."""

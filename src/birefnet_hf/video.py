@@ -155,7 +155,7 @@ def cut_out_video(
 
     Raises:
         VideoError: the video cannot be read or is beyond a limit.
-        ValueError: arguments that contradict each other.
+        ValueError: arguments that contradict each other, or `target` is the source.
     """
     import av
 
@@ -168,6 +168,8 @@ def cut_out_video(
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing={smoothing} must lie in [0, 1).")
     info = probe_video(source, max_seconds=max_seconds, max_pixels=max_pixels)
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"{target.name} is the video itself: choose another file for the result.")
 
     previous: np.ndarray | None = None
 
