@@ -1,4 +1,4 @@
-"""Runs what the README shows, with a tiny checkpoint in place of the released one."""
+"""Runs what the README shows, with the network that ships with the package in place of the released one."""
 
 import re
 import runpy
@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from birefnet_hf import NANO
 from birefnet_hf.cli import app
 
 
@@ -35,7 +36,7 @@ def as_parameters(texts: list[str]) -> list:
 
 @pytest.fixture
 def workplace(tmp_path, tiny_model_dir, monkeypatch):
-    """A folder with the files that the README names; returns a function that puts the tiny checkpoint into a text."""
+    """A folder with the files that the README names; returns a function that puts nano into a text."""
     import torch
     from safetensors.torch import load_file
 
@@ -55,7 +56,7 @@ def workplace(tmp_path, tiny_model_dir, monkeypatch):
             cutout.save(tmp_path / "cutouts" / f"{number}.png")
     (tmp_path / "my-birefnet").symlink_to(tiny_model_dir)
     torch.save(load_file(tiny_model_dir / "model.safetensors"), tmp_path / "epoch_244.pth")
-    return lambda text: text.replace("ZhengPeng7/BiRefNet", str(tiny_model_dir))
+    return lambda text: text.replace("ZhengPeng7/BiRefNet", NANO)
 
 
 def test_the_readme_has_what_is_tested():

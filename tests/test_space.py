@@ -1,4 +1,4 @@
-"""The Space's functions, and its endpoints as programs call them, on a tiny model."""
+"""The Space's functions, and its endpoints as programs call them, with the network that ships with the package."""
 
 import asyncio
 import base64
@@ -39,7 +39,7 @@ from test_video import read_alpha, write_video  # noqa: E402
 SPACE = Path(__file__).parent.parent / "space"
 
 
-def load_app(model: Path, monkeypatch: pytest.MonkeyPatch, **variables: str) -> ModuleType:
+def load_app(model: str | Path, monkeypatch: pytest.MonkeyPatch, **variables: str) -> ModuleType:
     """The Space's app.py as a module, started with these environment variables."""
     monkeypatch.setenv("BIREFNET_MODEL", str(model))
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # which the app sets: an app that runs already gets its own back
@@ -56,12 +56,12 @@ UNKNOWN_MODEL = "nobody-here/no-such-model"
 
 
 @pytest.fixture(scope="module")
-def app(tiny_model_dir):
-    """The app on a tiny random network, with another model on offer that does not exist."""
+def app():
+    """The app, with another model on offer that does not exist."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         # A variable of the environment is read when huggingface_hub is imported, long ago.
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        yield load_app(tiny_model_dir, monkeypatch, BIREFNET_MAX_PIXELS="2000000", BIREFNET_MODELS=UNKNOWN_MODEL)
+        yield load_app("nano", monkeypatch, BIREFNET_MAX_PIXELS="2000000", BIREFNET_MODELS=UNKNOWN_MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +77,9 @@ def client(url):
 
 
 @pytest.fixture(scope="module")
-def photo(tmp_path_factory) -> Path:
+def photo(scene, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("photos") / "photo.png"
-    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
+    scene[0].save(path)
     return path
 
 
@@ -98,12 +97,13 @@ def bomb(path: Path) -> Path:
     return path
 
 
-def test_image_endpoint_returns_a_png_with_soft_alpha(client, photo):
+def test_image_endpoint_returns_a_png_with_soft_alpha(client, photo, scene):
     (before, after), file, mask, notice = client.predict(gradio_client.handle_file(photo), api_name="/cut_out")
     with Image.open(file) as result:
-        assert result.format == "PNG" and result.mode == "RGBA" and result.size == (60, 40)
+        assert result.format == "PNG" and result.mode == "RGBA" and result.size == scene[0].size
         alpha = np.asarray(result.getchannel("A"))
     assert len(np.unique(alpha)) > 2  # soft
+    assert alpha[scene[1]].mean() > 200 and alpha[~scene[1]].mean() < 25
     with Image.open(mask) as picture:
         assert (np.asarray(picture.convert("L")) == alpha).all()
     assert Image.open(before).convert("RGB").tobytes() == Image.open(photo).tobytes()
@@ -124,7 +124,7 @@ def test_options_of_the_image_endpoint(client, photo):
     assert np.abs(red - (alpha * original + (1 - alpha) * (255, 0, 0))).max() <= 1.5
     on_itself = run(background="Image", background_image=gradio_client.handle_file(photo), refine=False)
     assert np.abs(on_itself.astype(int) - original).max() <= 1
-    assert run(background="Blur", size="512").shape == (40, 60, 3)
+    assert run(background="Blur", size="512").shape == original.shape
     for options, message in (
         ({"model": "../secrets"}, "not in the list of choices"),
         ({"background": "Colour", "colour": "/etc/passwd"}, "is no colour"),
@@ -190,7 +190,7 @@ def test_sizes_reach_the_network(app, tiny_model_dir, tmp_path, monkeypatch):
     dynamic = tmp_path / "dynamic"
     shutil.copytree(tiny_model_dir, dynamic)
     BiRefNetImageProcessor(size={"shortest_edge": 32, "longest_edge": 96}).save_pretrained(dynamic)
-    monkeypatch.setenv("BIREFNET_MODELS", str(dynamic))
+    monkeypatch.setenv("BIREFNET_MODELS", f"{tiny_model_dir},{dynamic}")
     monkeypatch.setattr(app, "MODELS", app.ModelCache(2))
 
     def seen(model: Path, size: str) -> tuple[int, int]:
@@ -217,8 +217,8 @@ def test_models_are_named_with_their_purpose(app, monkeypatch):
     assert labels["lite"] == "lite · general purpose, smaller and faster, 1024 pixels"
     assert "photo's own size" in labels["dynamic"] and "CC-BY-NC" in labels["rmbg"]
     assert len(set(labels.values())) == len(labels)
-    monkeypatch.setenv("BIREFNET_MODELS", "lite, nano")
-    assert [name for _, name in app.model_choices()] == [app.DEFAULT_MODEL, "lite", "nano"]
+    monkeypatch.setenv("BIREFNET_MODELS", "lite, nano")  # the default comes first, and once
+    assert [name for _, name in app.model_choices()] == [app.DEFAULT_MODEL, "lite"]
 
 
 def test_gpu_functions_load_nothing_and_travel_between_processes(tiny_model_dir, photo, tmp_path, monkeypatch):
@@ -467,7 +467,7 @@ def test_what_is_pushed_runs_by_itself(photo, tmp_path):
         answer = subprocess.run([sys.executable, "-c", code], cwd=visitor, capture_output=True, text=True)
         assert answer.returncode == 0, answer.stderr
         with Image.open(answer.stdout.splitlines()[-1]) as cutout:
-            assert cutout.mode == "RGBA" and cutout.size == (60, 40)
+            assert cutout.mode == "RGBA" and cutout.size == (320, 240)
         assert list(temporary.glob("birefnet-space-*"))
     finally:
         server.send_signal(signal.SIGTERM)

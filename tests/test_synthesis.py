@@ -104,6 +104,35 @@ def test_several_objects_are_all_in_the_mask():
     assert np.mean(areas[3]) > np.mean(areas[1])
 
 
+def test_glass_shows_what_is_behind_it_and_is_foreground(tmp_path):
+    stripes = np.tile(np.where(np.arange(160) % 20 < 10, 230, 20).astype(np.uint8), (120, 1))
+    Image.fromarray(np.stack([stripes] * 3, axis=-1)).save(tmp_path / "stripes.png")
+
+    def contrast_inside(glass_probability):
+        """How far apart neighbouring columns are inside the object, one picture each."""
+        compositor = Compositor(
+            size=SIZE,
+            backgrounds=tmp_path,
+            photo_probability=1,
+            max_objects=1,
+            max_distractors=0,
+            thin_probability=0,
+            shadow_probability=0,
+            glass_probability=glass_probability,
+        )
+        contrasts = []
+        for seed in range(20):
+            image, mask = compositor(np.random.default_rng(seed), [disc()], 0)
+            inside = np.asarray(mask) > 250
+            assert inside.mean() > 0.02
+            grey = np.asarray(image.convert("L")).astype(float)
+            contrasts.append(np.abs(grey[:, 4:] - grey[:, :-4])[inside[:, 4:] & inside[:, :-4]].mean())
+        return np.array(contrasts)
+
+    # Half of the opaque ones get a surface, which may be of the same photograph.
+    assert np.median(contrast_inside(1)) > 2 * np.median(contrast_inside(0))
+
+
 def test_composites_follow_the_generator_alone(tmp_path):
     rng = np.random.default_rng(0)
     for name in ("a.jpg", "B.PNG", ".hidden.png", "notes.txt"):

@@ -723,6 +723,8 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
             )
         height, width = pixel_values.shape[-2:]
         image = pad_to_divisor(pixel_values.to(self.get_input_embeddings().weight.dtype))
+        # What convolutions work in; without it, each of a convolutional backbone's copies its map there and back.
+        image = image.contiguous(memory_format=torch.channels_last)
 
         feature_maps = self.encode(image, **kwargs)
         squeezed = self.squeeze(feature_maps)

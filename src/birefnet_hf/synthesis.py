@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageStat
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps, ImageStat
 
 from .image_loading import load_image
 
@@ -416,6 +416,34 @@ def _stand_out(item: Image.Image, canvas: Image.Image, coverage: Image.Image) ->
     return moved
 
 
+def _glass(rng: np.random.Generator, item: Image.Image, behind: Image.Image) -> Image.Image:
+    """An object's shape in clear glass: what is behind it, bent and tinted, with rims and reflections.
+
+    `behind` (RGB) has the size of `item` (RGBA). A trace of the object's own picture stays: the edges inside it.
+    """
+    width, height = item.size
+    alpha = item.getchannel("A")
+    zoom_x, zoom_y = rng.choice([-1, 1], 2) * rng.uniform(0.6, 1.6, 2)  # a thick glass turns the picture over
+    matrix = (zoom_x, 0, width / 2 * (1 - zoom_x), 0, zoom_y, height / 2 * (1 - zoom_y))
+    bent = behind.transform(item.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    bent = bent.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.01) * max(item.size)))
+    glass = Image.blend(behind, bent, rng.uniform(0.2, 0.9))
+    glass = Image.blend(glass, ImageOps.grayscale(item.convert("RGB")).convert("RGB"), rng.uniform(0, 0.2))
+    glass = Image.blend(glass, Image.new("RGB", item.size, random_colour(rng)), rng.uniform(0, 0.15))
+    # Darker or lighter towards the outline, where one looks along the wall.
+    inner = alpha.filter(ImageFilter.GaussianBlur(rng.uniform(0.01, 0.05) * max(item.size)))
+    strength = rng.uniform(0.5, 1.6)
+    rim = inner.point(lambda value: (255 - value) * strength)
+    glass.paste((255, 255, 255) if rng.random() < 0.5 else (20, 20, 20), mask=rim)
+    # Windows and lamps along it.
+    streaks = Image.fromarray(rng.random((2, int(rng.integers(4, 14))), dtype=np.float32))
+    streaks = np.asarray(streaks.resize(item.size, Image.Resampling.BICUBIC)) * smooth_field(rng, (height, width), 4)
+    reflections = Image.fromarray((np.clip((streaks - 0.5) * 5, 0, 1) * rng.uniform(60, 255)).astype(np.uint8))
+    glass.paste((255, 255, 255), mask=reflections)
+    glass.putalpha(alpha)
+    return glass
+
+
 def _shadow(rng: np.random.Generator, coverage: Image.Image) -> Image.Image:
     """The shadow of an object's coverage (both mode L, same size): on the wall behind or on the ground below it."""
     small = coverage.reduce(4)
@@ -465,6 +493,7 @@ class Compositor:
         max_objects: most foreground objects in one picture.
         max_distractors: most background cut-outs in one picture.
         thin_probability: chance of each foreground object to be a drawn thin structure instead of a cut-out.
+        glass_probability: chance of each other foreground object to be of clear glass. All of it is foreground.
         shadow_probability: chance of each foreground object to cast a shadow. A shadow is not foreground.
 
     The photographs serve as the surface of many objects, too.
@@ -479,6 +508,7 @@ class Compositor:
     max_objects: int = 3
     max_distractors: int = 4
     thin_probability: float = 0.2
+    glass_probability: float = 0.08
     shadow_probability: float = 0.5
 
     def __post_init__(self) -> None:
@@ -525,6 +555,10 @@ class Compositor:
             coverage.paste(item.getchannel("A"), corner)
             if thin:
                 item = _stand_out(item, canvas, coverage)
+            elif rng.random() < self.glass_probability:
+                left, top = corner
+                behind = canvas.crop((left, top, left + item.width, top + item.height))
+                item = _glass(rng, item, behind)
             if rng.random() < self.shadow_probability:
                 canvas.paste((0, 0, 0), mask=_shadow(rng, coverage))
             canvas.paste(item, corner, mask=item)

@@ -1,0 +1,163 @@
+"""Gathers the pictures of the last parts of the training: cut-outs (drawings and photographs) and backgrounds.
+
+    python scripts/nano/gather.py DRAWINGS_DIR DEBIAN_DIR OUTPUT_DIR
+
+DEBIAN_DIR has the unpacked packages that SOURCES.md names. OUTPUT_DIR/training/{cutouts,backgrounds} gets what is trained
+on, OUTPUT_DIR/validation/{drawings,photos,backgrounds} what is held out: the drawings that the earlier parts hold out too,
+one cut-out photograph in ten, and the backgrounds named below.
+"""
+
+import itertools
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from birefnet_hf.image_loading import load_image
+from birefnet_hf.synthesis import list_images
+
+
+STAMPS = "usr/share/tuxpaint/stamps"
+STAMP_KINDS = [
+    "animals",
+    "clothes",
+    "food",
+    "hobbies",
+    "household",
+    "medical",
+    "military",
+    "plants",
+    "seasonal",
+    "sports",
+    "vehicles",
+]
+CLIPART = "usr/share/openclipart/png"
+CLIPART_KINDS = [
+    "animals",
+    "buildings",
+    "containers",
+    "education",
+    "electronics",
+    "food",
+    "office",
+    "plants",
+    "science",
+    "tools",
+    "transportation",
+]
+NUM_CLIPART = 500
+# Photographs of nothing in particular: what is to be seen as background, the greenery above all.
+TUXPAINT, MATE, PLASMA = "tuxpaint/templates", "backgrounds/mate/nature", "wallpapers"
+BACKGROUNDS = [
+    f"{TUXPAINT}/burnt_bark.jpg",
+    f"{TUXPAINT}/cliff.jpg",
+    f"{TUXPAINT}/mossy_bark.jpg",
+    f"{TUXPAINT}/mudstone.jpg",
+    f"{TUXPAINT}/ocean_splash.jpg",
+    f"{TUXPAINT}/redwoods_above.jpg",
+    f"{TUXPAINT}/sun_behind_clouds.jpg",
+    f"{TUXPAINT}/sun_behind_leaves.jpg",
+    f"{TUXPAINT}/trees_above.jpg",
+    f"{TUXPAINT}/trees_at_dusk.jpg",
+    f"{TUXPAINT}/wool_mill_machine.jpg",
+    f"{MATE}/Blinds.jpg",
+    f"{MATE}/Dune.jpg",
+    f"{MATE}/RainDrops.jpg",
+    f"{MATE}/Storm.jpg",
+    f"{MATE}/Wood.jpg",
+    f"{PLASMA}/BytheWater/contents/images/2560x1600.jpg",
+    f"{PLASMA}/ColdRipple/contents/images/2560x1600.jpg",
+    f"{PLASMA}/ColorfulCups/contents/images/2560x1600.jpg",
+    f"{PLASMA}/EveningGlow/contents/images/2560x1600.jpg",
+    f"{PLASMA}/FallenLeaf/contents/images/2560x1600.jpg",
+    f"{PLASMA}/Grey/contents/images/2560x1600.jpg",
+    f"{PLASMA}/Path/contents/images/2560x1600.jpg",
+    "backgrounds/Dragonfly_by_Bolly.jpg",
+]
+HELD_OUT_BACKGROUNDS = [
+    f"{TUXPAINT}/corn_maze.jpg",
+    f"{TUXPAINT}/mossy_log.jpg",
+    f"{TUXPAINT}/ocean_waves.jpg",
+    f"{TUXPAINT}/rocks.jpg",
+    f"{MATE}/GreenMeadow.jpg",
+    f"{PLASMA}/DarkestHour/contents/images/2560x1600.jpg",
+    f"{PLASMA}/OneStandsOut/contents/images/2560x1600.jpg",
+    f"{PLASMA}/summer_1am/contents/images/2560x1600.jpg",
+    f"{PLASMA}/Volna/contents/images/5120x2880.jpg",
+]
+LARGEST_BACKGROUND = 1600
+# Photographs are what the network is for, and there are few of them.
+PHOTO_REPEATS = 3
+LARGEST = 512
+LARGEST_PIXELS = 20_000_000
+
+
+def cut_out(path: Path) -> Image.Image | None:
+    """The cut-out without its empty margin, at most `LARGEST` pixels wide and high; None where there is no clear object."""
+    with Image.open(path) as opened:
+        if opened.width * opened.height > LARGEST_PIXELS:
+            return None
+        image = opened.convert("RGBA")
+    box = image.getchannel("A").getbbox()
+    if box is None or min(box[2] - box[0], box[3] - box[1]) < 64:
+        return None
+    image = image.crop(box)
+    alpha = np.asarray(image.getchannel("A"))
+    # No outline, no glass or glow, no picture without a hole.
+    if (alpha > 250).mean() < 0.25 or ((alpha > 5) & (alpha < 250)).mean() > 0.3 or (alpha > 128).mean() > 0.97:
+        return None
+    image.thumbnail((LARGEST, LARGEST))
+    return image
+
+
+def files(folder: Path, kinds: list[str]) -> list[Path]:
+    """The PNG files of those kinds, drawings among photographs left out."""
+    found = sorted(path for kind in kinds for path in (folder / kind).rglob("*.png"))
+    return [path for path in found if "cartoon" not in path.parts]
+
+
+def background(path: Path, output: Path) -> None:
+    """Writes the photograph, no larger than it is needed."""
+    image = load_image(str(path))
+    image.thumbnail((LARGEST_BACKGROUND, LARGEST_BACKGROUND))
+    image.save(output / f"{'_'.join(path.with_suffix('').parts[-4:])}.jpg", quality=92)
+
+
+def main(drawings_folder: str, debian: str, output: str) -> None:
+    training, validation = Path(output) / "training", Path(output) / "validation"
+    cutouts, held_out_drawings, held_out_photos = training / "cutouts", validation / "drawings", validation / "photos"
+    for folder in (cutouts, held_out_drawings, held_out_photos, training / "backgrounds", validation / "backgrounds"):
+        folder.mkdir(parents=True, exist_ok=True)
+
+    drawings = list_images(drawings_folder)
+    order = np.random.default_rng(0).permutation(len(drawings))  # as scripts/train.py --validation-fraction 0.1
+    held_out = max(1, round(0.1 * len(drawings)))
+    for place, index in enumerate(order):
+        shutil.copy(drawings[index], held_out_drawings if place < held_out else cutouts)
+
+    rng = np.random.default_rng(1)
+    photos = [photo for path in files(Path(debian) / STAMPS, STAMP_KINDS) if (photo := cut_out(path)) is not None]
+    chosen = set(rng.permutation(len(photos))[: len(photos) // 10].tolist())
+    for index, photo in enumerate(photos):
+        repeats = 1 if index in chosen else PHOTO_REPEATS
+        for repeat in range(repeats):
+            photo.save((held_out_photos if index in chosen else cutouts) / f"photo_{index:03d}_{repeat}.png")
+
+    clipart = files(Path(debian) / CLIPART, CLIPART_KINDS)
+    clipart = [clipart[index] for index in rng.permutation(len(clipart))]
+    usable = (image for path in clipart if (image := cut_out(path)) is not None)
+    for index, image in enumerate(itertools.islice(usable, NUM_CLIPART)):
+        image.save(cutouts / f"clipart_{index:03d}.png")
+
+    for path in list_images(Path(__file__).parent / "backgrounds"):
+        shutil.copy(path, training / "backgrounds")
+    for names, folder in ((BACKGROUNDS, training), (HELD_OUT_BACKGROUNDS, validation)):
+        for name in names:
+            background(Path(debian) / "usr/share" / name, folder / "backgrounds")
+    print(f"{len(drawings)} drawings, {len(photos)} photographs, {len(BACKGROUNDS)} backgrounds.")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
