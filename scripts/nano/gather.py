@@ -3,8 +3,8 @@
     python scripts/nano/gather.py DRAWINGS_DIR DEBIAN_DIR OUTPUT_DIR
 
 DEBIAN_DIR has the unpacked packages that SOURCES.md names. OUTPUT_DIR/training/{cutouts,backgrounds} gets what is trained
-on, OUTPUT_DIR/validation/{drawings,photos,backgrounds} what is held out: the drawings that the earlier parts hold out too,
-one cut-out photograph in ten, and the backgrounds named below.
+on, OUTPUT_DIR/validation/{cutouts,backgrounds} what is held out: the drawings that the first parts hold out too, one
+cut-out photograph in ten (each kind by itself in drawings/ and photos/), and the backgrounds named below.
 """
 
 import itertools
@@ -127,15 +127,17 @@ def background(path: Path, output: Path) -> None:
 
 def main(drawings_folder: str, debian: str, output: str) -> None:
     training, validation = Path(output) / "training", Path(output) / "validation"
-    cutouts, held_out_drawings, held_out_photos = training / "cutouts", validation / "drawings", validation / "photos"
-    for folder in (cutouts, held_out_drawings, held_out_photos, training / "backgrounds", validation / "backgrounds"):
+    cutouts = training / "cutouts"
+    for folder in (cutouts, training / "backgrounds"):
         folder.mkdir(parents=True, exist_ok=True)
+    for name in ("cutouts", "drawings", "photos", "backgrounds"):
+        (validation / name).mkdir(parents=True, exist_ok=True)
 
     drawings = list_images(drawings_folder)
     order = np.random.default_rng(0).permutation(len(drawings))  # as scripts/train.py --validation-fraction 0.1
     held_out = max(1, round(0.1 * len(drawings)))
     for place, index in enumerate(order):
-        shutil.copy(drawings[index], held_out_drawings if place < held_out else cutouts)
+        shutil.copy(drawings[index], validation / "drawings" if place < held_out else cutouts)
 
     rng = np.random.default_rng(1)
     photos = [photo for path in files(Path(debian) / STAMPS, STAMP_KINDS) if (photo := cut_out(path)) is not None]
@@ -143,7 +145,10 @@ def main(drawings_folder: str, debian: str, output: str) -> None:
     for index, photo in enumerate(photos):
         repeats = 1 if index in chosen else PHOTO_REPEATS
         for repeat in range(repeats):
-            photo.save((held_out_photos if index in chosen else cutouts) / f"photo_{index:03d}_{repeat}.png")
+            photo.save((validation / "photos" if index in chosen else cutouts) / f"photo_{index:03d}_{repeat}.png")
+
+    for path in (*list_images(validation / "drawings"), *list_images(validation / "photos")):
+        shutil.copy(path, validation / "cutouts")
 
     clipart = files(Path(debian) / CLIPART, CLIPART_KINDS)
     clipart = [clipart[index] for index in rng.permutation(len(clipart))]
