@@ -178,6 +178,7 @@ def test_tools_of_the_model_context_protocol(url, photo):
 
 def test_a_model_that_cannot_be_fetched_gives_way_to_nano_with_a_notice(app, client, photo, monkeypatch):
     """The real loading of a model that does not exist; the second time nobody waits for it."""
+    monkeypatch.setattr(app, "MODELS", app.ModelCache(2))  # so that nano has to be loaded, too
     *_, notice = client.predict(gradio_client.handle_file(photo), model=UNKNOWN_MODEL, api_name="/cut_out")
     assert UNKNOWN_MODEL in notice and "nano" in notice
     monkeypatch.setattr(app.MODELS, "load", lambda name: pytest.fail(f"{name} is loaded again"))
@@ -217,8 +218,10 @@ def test_models_are_named_with_their_purpose(app, monkeypatch):
     assert labels["lite"] == "lite · general purpose, smaller and faster, 1024 pixels"
     assert "photo's own size" in labels["dynamic"] and "CC-BY-NC" in labels["rmbg"]
     assert len(set(labels.values())) == len(labels)
-    monkeypatch.setenv("BIREFNET_MODELS", "lite, nano")  # the default comes first, and once
-    assert [name for _, name in app.model_choices()] == [app.DEFAULT_MODEL, "lite"]
+    monkeypatch.setenv("BIREFNET_MODELS", "lite, nano")
+    assert [name for _, name in app.model_choices()] == [app.DEFAULT_MODEL, "lite"]  # the default first, and once
+    monkeypatch.setattr(app, "DEFAULT_MODEL", "my-model")
+    assert [name for _, name in app.model_choices()] == ["my-model", "lite", "nano"]
 
 
 def test_gpu_functions_load_nothing_and_travel_between_processes(tiny_model_dir, photo, tmp_path, monkeypatch):

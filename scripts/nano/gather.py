@@ -143,9 +143,9 @@ def main(drawings_folder: str, debian: str, output: str) -> None:
     photos = [photo for path in files(Path(debian) / STAMPS, STAMP_KINDS) if (photo := cut_out(path)) is not None]
     chosen = set(rng.permutation(len(photos))[: len(photos) // 10].tolist())
     for index, photo in enumerate(photos):
-        repeats = 1 if index in chosen else PHOTO_REPEATS
+        folder, repeats = (validation / "photos", 1) if index in chosen else (cutouts, PHOTO_REPEATS)
         for repeat in range(repeats):
-            photo.save((validation / "photos" if index in chosen else cutouts) / f"photo_{index:03d}_{repeat}.png")
+            photo.save(folder / f"photo_{index:03d}_{repeat}.png")
 
     for path in (*list_images(validation / "drawings"), *list_images(validation / "photos")):
         shutil.copy(path, validation / "cutouts")

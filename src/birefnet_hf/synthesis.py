@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps, ImageStat
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageStat
 
 from .image_loading import load_image
 
@@ -428,7 +428,7 @@ def _glass(rng: np.random.Generator, item: Image.Image, behind: Image.Image) -> 
     bent = behind.transform(item.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
     bent = bent.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.01) * max(item.size)))
     glass = Image.blend(behind, bent, rng.uniform(0.2, 0.9))
-    glass = Image.blend(glass, ImageOps.grayscale(item.convert("RGB")).convert("RGB"), rng.uniform(0, 0.2))
+    glass = Image.blend(glass, item.convert("L").convert("RGB"), rng.uniform(0, 0.2))
     glass = Image.blend(glass, Image.new("RGB", item.size, random_colour(rng)), rng.uniform(0, 0.15))
     # Darker or lighter towards the outline, where one looks along the wall.
     inner = alpha.filter(ImageFilter.GaussianBlur(rng.uniform(0.01, 0.05) * max(item.size)))
