@@ -98,6 +98,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--cutouts", action="store_true", help="the data are RGBA cut-outs: compose pictures, the same ones each time"
     )
     group.add_argument("--backgrounds", help="folder of photographs for that, beside generated backgrounds")
+    group.add_argument(
+        "--thin-probability",
+        type=float,
+        default=0,
+        help="chance of each cut-out to be replaced by a drawn thin structure",
+    )
     group.add_argument("--limit", type=int, help="at most so many, the first ones")
     group.add_argument("--check", choices=("fast", "full", "off"), default="fast", help="of all files, at the start")
     group.add_argument(
@@ -186,7 +192,8 @@ def load_data(
     if arguments.cutouts:
         size = pipe.image_processor.size
         size = (size.height, size.width) if size.height else (size.longest_edge, size.longest_edge)
-        compositor = Compositor(size, backgrounds=arguments.backgrounds)
+        # Drawn structures would stand in for a part of the cut-outs that are to be measured.
+        compositor = Compositor(size, arguments.backgrounds, thin_probability=arguments.thin_probability)
     skipped: list[BadSample] = []
     pairs = skipping(
         load_pairs,
@@ -427,7 +434,7 @@ def run(arguments: argparse.Namespace, pool: Executor, state: PartialState) -> N
     print(f"{len(results.records)} images{left_out}, convention {arguments.convention}, {seconds:.1f} s")
     if arguments.output_dir:
         facts = {"processes": state.num_processes, "seconds": seconds}
-        facts |= {"device": str(pipe.device), "dtype": str(pipe.dtype)} if pipe else {}
+        facts |= {"device": str(pipe.device), "dtype": str(pipe.model.config.dtype or pipe.dtype)} if pipe else {}
         write_results(arguments, results, described, facts)
         print(f"Written to {arguments.output_dir}.")
 

@@ -372,7 +372,9 @@ def load_data(
     """
     options = {"check": arguments.check, "on_bad": arguments.on_bad_data}
     columns = {"image_column": arguments.image_column, "mask_column": arguments.mask_column}
-    composed = {"compositor": Compositor(size, backgrounds=arguments.backgrounds) if arguments.cutouts else None}
+    composed = {"compositor": Compositor(size, arguments.backgrounds) if arguments.cutouts else None}
+    # Drawn structures would stand in for a part of the cut-outs that are to be measured.
+    measured = Compositor(size, arguments.backgrounds, thin_probability=0)
     source = {
         "source": arguments.data,
         "masks": arguments.masks,
@@ -386,8 +388,8 @@ def load_data(
         order = np.random.default_rng(0).permutation(len(rows))
         held_out = max(1, round(arguments.validation_fraction * len(rows)))
         training, validation = (
-            load_pairs(rows.select(np.sort(part)), **composed, **options)
-            for part in (order[held_out:], order[:held_out])
+            load_pairs(rows.select(np.sort(part)), compositor=compositor if arguments.cutouts else None, **options)
+            for part, compositor in ((order[held_out:], composed["compositor"]), (order[:held_out], measured))
         )
     else:
         training, validation = load_pairs(**source, **columns, **composed, **options), None
@@ -397,7 +399,7 @@ def load_data(
                 arguments.validation_masks,
                 subsets=arguments.validation_subsets,
                 split=arguments.validation_split,
-                compositor=Compositor(size, arguments.backgrounds) if arguments.validation_cutouts else None,
+                compositor=measured if arguments.validation_cutouts else None,
                 **columns,
                 **options,
             )

@@ -1,13 +1,15 @@
-"""Gathers the pictures of the last parts of the training: cut-outs (drawings and photographs) and backgrounds.
+"""Gathers the pictures of the last parts of the training: cut-outs (drawings, photographs, renderings) and backgrounds.
 
-    python scripts/nano/gather.py DRAWINGS_DIR DEBIAN_DIR OUTPUT_DIR
+    python scripts/nano/gather.py DRAWINGS_DIR DEBIAN_DIR OUTPUT_DIR [RENDERINGS_DIR]
 
-DEBIAN_DIR has the unpacked packages that SOURCES.md names. OUTPUT_DIR/training/{cutouts,backgrounds} gets what is trained
-on, OUTPUT_DIR/validation/{cutouts,backgrounds} what is held out: the drawings that the first parts hold out too, one
-cut-out photograph in ten (each kind by itself in drawings/ and photos/), and the backgrounds named below.
+SOURCES.md says what the folders hold. OUTPUT_DIR/training/{cutouts,backgrounds} gets what is trained on,
+OUTPUT_DIR/validation/{cutouts,backgrounds} what is held out: the drawings that the first parts hold out too, one cut-out
+photograph and one rendering in ten (each kind by itself in drawings/, photos/ and renderings/), and the backgrounds named
+below.
 """
 
 import itertools
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -92,6 +94,10 @@ LARGEST_BACKGROUND = 1600
 PHOTO_REPEATS = 3
 LARGEST = 512
 LARGEST_PIXELS = 20_000_000
+# Of the emoji that are renderings: no flags, faces and clocks, which are too many of a kind, and of each person one skin.
+TOO_MANY = re.compile(r"1f1e[6-9a-f]|1f1f|1f3f4|1f55|1f56[0-7]|1f6[0-2]|1f92|1f97[0-6]")
+SKINS = re.compile(r"-1f3f[b-f]")
+NUM_RENDERINGS = 900
 
 
 def cut_out(path: Path) -> Image.Image | None:
@@ -118,6 +124,16 @@ def files(folder: Path, kinds: list[str]) -> list[Path]:
     return [path for path in found if "cartoon" not in path.parts]
 
 
+def renderings(folder: Path, rng: np.random.Generator) -> list[Path]:
+    """The emoji of a folder that show an object, named by their code points; of those with several skins one by chance."""
+    kinds: dict[str, list[Path]] = {}
+    for path in list_images(folder):
+        if not TOO_MANY.match(path.stem):
+            kinds.setdefault(SKINS.sub("", path.stem), []).append(path)
+    chosen = [paths[rng.integers(0, len(paths))] for _, paths in sorted(kinds.items())]
+    return [chosen[index] for index in rng.permutation(len(chosen))]
+
+
 def background(path: Path, output: Path) -> None:
     """Writes the photograph, no larger than it is needed."""
     image = load_image(str(path))
@@ -125,15 +141,17 @@ def background(path: Path, output: Path) -> None:
     image.save(output / f"{'_'.join(path.with_suffix('').parts[-4:])}.jpg", quality=92)
 
 
-def main(drawings_folder: str, debian: str, output: str) -> None:
+def main(drawings_folder: str, debian: str, output: str, renderings_folder: str | None = None) -> None:
     training, validation = Path(output) / "training", Path(output) / "validation"
     cutouts = training / "cutouts"
     for folder in (cutouts, training / "backgrounds"):
         folder.mkdir(parents=True, exist_ok=True)
-    for name in ("cutouts", "drawings", "photos", "backgrounds"):
+    for name in ("cutouts", "drawings", "photos", "renderings", "backgrounds"):
         (validation / name).mkdir(parents=True, exist_ok=True)
 
     drawings = list_images(drawings_folder)
+    if not drawings:
+        sys.exit(f"{drawings_folder} holds no pictures: give the folder with the drawings, see SOURCES.md.")
     order = np.random.default_rng(0).permutation(len(drawings))  # as scripts/train.py --validation-fraction 0.1
     held_out = max(1, round(0.1 * len(drawings)))
     for place, index in enumerate(order):
@@ -147,14 +165,22 @@ def main(drawings_folder: str, debian: str, output: str) -> None:
         for repeat in range(repeats):
             photo.save(folder / f"photo_{index:03d}_{repeat}.png")
 
-    for path in (*list_images(validation / "drawings"), *list_images(validation / "photos")):
-        shutil.copy(path, validation / "cutouts")
-
     clipart = files(Path(debian) / CLIPART, CLIPART_KINDS)
     clipart = [clipart[index] for index in rng.permutation(len(clipart))]
     usable = (image for path in clipart if (image := cut_out(path)) is not None)
     for index, image in enumerate(itertools.islice(usable, NUM_CLIPART)):
         image.save(cutouts / f"clipart_{index:03d}.png")
+
+    if renderings_folder:
+        paths = renderings(Path(renderings_folder), np.random.default_rng(2))
+        usable = (image for path in paths if (image := cut_out(path)) is not None)
+        for index, image in enumerate(itertools.islice(usable, NUM_RENDERINGS)):
+            folder = cutouts if index % 10 else validation / "renderings"
+            image.save(folder / f"rendering_{index:03d}.png")
+
+    for kind in ("drawings", "photos", "renderings"):
+        for path in list_images(validation / kind):
+            shutil.copy(path, validation / "cutouts")
 
     for path in list_images(Path(__file__).parent / "backgrounds"):
         shutil.copy(path, training / "backgrounds")

@@ -262,7 +262,7 @@ class BiRefNetSwinAttention(nn.Module):
             shift_mask = bias + shift_mask[:, :, None]  # (2, 2, heads, tokens, tokens)
         window_row_bytes = batch_size * self.window_size * padded_width * 3 * channels * hidden_states.element_size()
         band_height = self.window_size * max(1, BAND_BYTES // window_row_bytes)
-        outputs = []
+        result = torch.empty_like(hidden_states)
         for start in range(0, padded_height, band_height):
             band = crop_segments(rows, start, start + band_height)
             real = [segment for segment in band if segment.start is not None]
@@ -281,8 +281,10 @@ class BiRefNetSwinAttention(nn.Module):
                 output, _ = self.attend(qkv, bias, **kwargs)
             output = join(take_up(output, inner, dim=1), dim=1)
             output = linear(self.proj, join(take_up(output, columns, dim=2), dim=2))
-            outputs += take_up(output if after is None else after(tokens, output), real, dim=1)
-        return join(outputs, dim=1)
+            output = output if after is None else after(tokens, output)
+            for first, piece in take_up(output, real, dim=1):
+                result[:, first : first + piece.shape[1]] = piece
+        return result
 
     def attend(self, qkv: torch.Tensor, mask: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention within each window of a grid.

@@ -504,7 +504,9 @@ def load(
                 "Without a network there is --model nano: small and coarse, it ships with the package.", err=True
             )
         raise typer.Exit(2) from error
-    typer.echo(f"{model} on {pipe.device}, {str(pipe.dtype).removeprefix('torch.')}", err=True)
+    typer.echo(
+        f"{model} on {pipe.device}, {str(pipe.model.config.dtype or pipe.dtype).removeprefix('torch.')}", err=True
+    )
     return pipe
 
 

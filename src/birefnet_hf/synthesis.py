@@ -237,7 +237,9 @@ def _open_photo(path: Path, largest: int) -> Image.Image:
 
 # Thin structures: each function draws white on a black square of the given side.
 def _line(draw: ImageDraw.ImageDraw, points: np.ndarray, width: float) -> None:
-    draw.line([tuple(point) for point in points.tolist()], fill=255, width=max(1, round(width)), joint="curve")
+    # Not under one pixel of the picture: nobody sees such a line.
+    width = max(_SUPERSAMPLING, round(width))
+    draw.line([tuple(point) for point in points.tolist()], fill=255, width=width, joint="curve")
 
 
 def _draw_wires(draw: ImageDraw.ImageDraw, rng: np.random.Generator, side: int) -> None:
@@ -291,7 +293,7 @@ def _draw_wheel(draw: ImageDraw.ImageDraw, rng: np.random.Generator, side: int) 
         _line(draw, (0.5 + np.array(points)) * side, width)
     for radius, thickness in ((rim, side * rng.uniform(0.008, 0.035)), (hub, side * 0.012)):
         box = [(0.5 - radius) * side, (0.5 - radius) * side, (0.5 + radius) * side, (0.5 + radius) * side]
-        draw.ellipse(box, outline=255, width=max(1, round(thickness)))
+        draw.ellipse(box, outline=255, width=max(_SUPERSAMPLING, round(thickness)))
 
 
 def _draw_text(draw: ImageDraw.ImageDraw, rng: np.random.Generator, side: int) -> None:
@@ -299,7 +301,7 @@ def _draw_text(draw: ImageDraw.ImageDraw, rng: np.random.Generator, side: int) -
     lines = ["".join(rng.choice(list("ABCDEFGHKLMNPRSTUVXYZabcdeghknorsu023456789&"), rng.integers(3, 8)))]
     lines += ["".join(rng.permutation(list(lines[0]))) for _ in range(rng.integers(0, 3))]
     font = ImageFont.load_default(size=side * 1.5 / max(len(lines[0]), 2 * len(lines)))
-    stroke = max(1, round(side * rng.uniform(0.003, 0.01)))
+    stroke = max(_SUPERSAMPLING, round(side * rng.uniform(0.003, 0.01)))
     outline = rng.random() < 0.5
     draw.multiline_text(
         (side / 2, side / 2),
@@ -508,7 +510,7 @@ class Compositor:
     max_objects: int = 3
     max_distractors: int = 4
     thin_probability: float = 0.2
-    glass_probability: float = 0.08
+    glass_probability: float = 0.04
     shadow_probability: float = 0.5
 
     def __post_init__(self) -> None:
@@ -538,7 +540,10 @@ class Compositor:
         canvas = self._background(rng, cutouts)
         mask = Image.new("L", canvas.size)
         for number in range(self._count(rng, 1, self.max_objects)):
-            side = round(min(self.size) * (rng.uniform(0.4, 0.95) if number == 0 else rng.uniform(0.25, 0.65)))
+            share = rng.uniform(0.4, 0.95) if number == 0 else rng.uniform(0.25, 0.65)
+            if number == 0 and rng.random() < 0.2:
+                share = rng.uniform(0.95, 1.6)  # as in portraits, of which the frame cuts off a part
+            side = round(min(self.size) * share)
             thin = rng.random() < self.thin_probability
             if thin:
                 item = thin_structure(rng, side)
