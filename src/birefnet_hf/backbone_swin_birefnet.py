@@ -1,5 +1,6 @@
 """Swin Transformer v1 in its detection form, the backbone of all released BiRefNets (Liu et al., arXiv 2103.14030)."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from .ops_birefnet import has_hooks, is_plain_inference, linear
 
 
 # Bytes of queries, keys and values that inference on a CPU holds at a time: small enough to stay in a cache.
-BAND_BYTES = 8 * 2**20
+BAND_BYTES = 16 * 2**20
 
 
 def eager_attention_forward(
@@ -96,61 +97,57 @@ def shifted_window_mask(
     return torch.zeros(apart.shape, dtype=dtype, device=device).masked_fill(apart, float("-inf"))
 
 
-class Segment(NamedTuple):
-    """Part of a side of a token grid: `length` tokens from `start` on, or as many of padding where `start` is None."""
+class WindowGroup(NamedTuple):
+    """Windows of a band that attend under the same mask and all have padding, or all have none."""
 
-    start: int | None
-    length: int
-
-
-def shifted_segments(size: int, window_size: int, shift: int) -> list[Segment]:
-    """What a side of `size` tokens consists of after padding to whole windows and then a cyclic shift."""
-    missing = round_up(size, window_size) - size
-    if size < shift:
-        segments = (Segment(None, size + missing - shift), Segment(0, size), Segment(None, shift - size))
-    else:
-        segments = (Segment(shift, size - shift), Segment(None, missing), Segment(0, shift))
-    return [segment for segment in segments if segment.length]
+    mask: int  # row of `stage_shift_mask`
+    rows: slice  # their tokens among the band's
+    places: torch.Tensor | None  # of these tokens among the windows' (windows * window_size²,), None without padding
+    sources: torch.Tensor | None  # the inverse: the token in each place, or their number where padding is
 
 
-def crop_segments(segments: list[Segment], start: int, stop: int) -> list[Segment]:
-    """The segments of the places from `start` to `stop`."""
-    cropped, place = [], 0
-    for first, length in segments:
-        left, right = max(start - place, 0), min(stop - place, length)
-        if left < right:
-            cropped.append(Segment(None if first is None else first + left, right - left))
-        place += length
-    return cropped
+class WindowBand(NamedTuple):
+    """Windows that attention takes at a time."""
+
+    tokens: torch.Tensor  # rows of the grid (B * H * W, C), window by window, without padding
+    groups: tuple[WindowGroup, ...]
 
 
-def lay_out(tensor: torch.Tensor, segments: list[Segment], dim: int, padding: torch.Tensor | None) -> torch.Tensor:
-    """Puts parts of a tensor, and of padding, which is of size 1 in all but the last dimension, in a row along `dim`."""
+@functools.lru_cache(maxsize=32)
+def window_bands(
+    batch_size: int, height: int, width: int, window_size: int, shift: int, windows_per_band: int
+) -> tuple[WindowBand, ...]:
+    """Where the tokens of windows are in a grid that is padded to whole windows and then moved cyclically by `shift`.
 
-    def piece(segment: Segment) -> torch.Tensor:
-        if segment.start is None:
-            return padding.expand(*tensor.shape[:dim], segment.length, *tensor.shape[dim + 1 : -1], -1)
-        return tensor.narrow(dim, segment.start, segment.length)
+    All windows of all images, `windows_per_band` at a time.
+    """
+    num_tokens = batch_size * height * width
+    missing_rows, missing_columns = (round_up(size, window_size) - size for size in (height, width))
+    grid = torch.arange(num_tokens, device="cpu").view(batch_size, height, width)
+    grid = F.pad(grid, (0, missing_columns, 0, missing_rows), value=num_tokens)  # stands for padding
+    grid = torch.roll(grid, shifts=(-shift, -shift), dims=(1, 2))
+    all_windows = partition_windows(grid[..., None], window_size).squeeze(-1)  # (B * windows, window_size²)
+    has_padding = (all_windows == num_tokens).any(dim=1)
+    mask = torch.zeros_like(grid[:, ::window_size, ::window_size])  # of each window
+    if shift:
+        mask[:, -1] += 2
+        mask[:, :, -1] += 1
+    all_kinds = 2 * mask.flatten() + has_padding  # windows of one kind make a group
 
-    pieces = [piece(segment) for segment in segments]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
-
-
-def take_up(tensor: torch.Tensor, segments: list[Segment], dim: int) -> list[tuple[int, torch.Tensor]]:
-    """The inverse of `lay_out`: the parts that are no padding, each with where it started."""
-    pieces, place = [], 0
-    for start, length in segments:
-        if start is not None:
-            pieces.append((start, tensor.narrow(dim, place, length)))
-        place += length
-    return pieces
-
-
-def join(pieces: list[tuple[int, torch.Tensor]], dim: int) -> torch.Tensor:
-    """Puts together the parts that `take_up` gave: their starts grow, but for one place where the shift came round."""
-    first = next(index for index, (start, _) in enumerate(pieces) if start == 0)
-    tensors = [tensor for _, tensor in pieces[first:] + pieces[:first]]
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim=dim)
+    bands = []
+    for windows, kinds in zip(all_windows.split(windows_per_band), all_kinds.split(windows_per_band), strict=True):
+        groups, tokens, start = [], [], 0
+        for value in kinds.unique().tolist():
+            group = windows[kinds == value].flatten()
+            places = (group < num_tokens).nonzero()[:, 0]
+            sources = torch.full_like(group, len(places))
+            sources[places] = torch.arange(len(places), device="cpu")
+            padded = (places, sources) if value % 2 else (None, None)
+            groups.append(WindowGroup(value // 2, slice(start, start + len(places)), *padded))
+            tokens.append(group[places])
+            start += len(places)
+        bands.append(WindowBand(torch.cat(tokens), tuple(groups)))
+    return tuple(bands)
 
 
 def works_in_bands(config: BiRefNetConfig, hidden_states: torch.Tensor) -> bool:
@@ -161,12 +158,12 @@ def works_in_bands(config: BiRefNetConfig, hidden_states: torch.Tensor) -> bool:
 def stage_shift_mask(config: BiRefNetConfig, hidden_states: torch.Tensor) -> torch.Tensor:
     """The mask of all shifted blocks for a map (B, H, W, C).
 
-    (windows, tokens, tokens); or, where attention goes through bands, (2, 2, tokens, tokens) for windows that are not in
-    the last row or are, and not in the last column or are.
+    (windows, tokens, tokens); or, where attention goes through bands, (2 * 2, 1, tokens, tokens) for windows that are not
+    in the last row or are, and not in the last column or are.
     """
     size, like = config.window_size, (hidden_states.dtype, hidden_states.device)
     if works_in_bands(config, hidden_states):
-        return shifted_window_mask(2 * size, 2 * size, size, size // 2, *like).unflatten(0, (2, 2))
+        return shifted_window_mask(2 * size, 2 * size, size, size // 2, *like)[:, None]
     height, width = (round_up(side, size) for side in hidden_states.shape[1:3])
     return shifted_window_mask(height, width, size, size // 2, *like)
 
@@ -212,8 +209,8 @@ class BiRefNetSwinAttention(nn.Module):
             hidden_states: (B, H, W, C).
             shift: 0, or half a window.
             shift_mask: What `stage_shift_mask` returns, where `shift` is not 0.
-            before: Computes the tokens that attend, row by row (B, rows, W, C) of the grid, else they are its own.
-            after: Computes the output from rows of the grid and what attention gives for them, else it is the latter.
+            before: Computes the tokens that attend from those (..., C) of the grid, else they are its own.
+            after: Computes the output from tokens of the grid and what attention gives for them, else it is the latter.
 
         Returns:
             (B, H, W, C) and, in eager attention, the weights (B * windows, heads, window_size², window_size²).
@@ -234,7 +231,9 @@ class BiRefNetSwinAttention(nn.Module):
         if shift:
             qkv = torch.roll(qkv, shifts=(-shift, -shift), dims=(1, 2))
             mask = (mask + shift_mask[:, None]).repeat(batch_size, 1, 1, 1)
-        output, weights = self.attend(qkv, mask, **kwargs)
+        padded_size = qkv.shape[:3]
+        output, weights = self.attend(partition_windows(qkv, self.window_size), mask, **kwargs)
+        output = merge_windows(output, self.window_size, *padded_size)
         if shift:
             output = torch.roll(output, shifts=(shift, shift), dims=(1, 2))
         output = self.proj(output[:, :height, :width])
@@ -249,85 +248,52 @@ class BiRefNetSwinAttention(nn.Module):
         after: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None,
         **kwargs,
     ) -> torch.Tensor:
-        """The output of `forward`, for some rows of windows at a time, so that what lies between stays in the cache."""
-        batch_size, height, width, channels = hidden_states.shape
-        rows, columns = (shifted_segments(size, self.window_size, shift) for size in (height, width))
-        padded_height, padded_width = (round_up(size, self.window_size) for size in (height, width))
-        padding = None
-        if any(segment.start is None for segment in (*rows, *columns)):
-            padding = self.qkv(hidden_states.new_zeros(1, 1, 1, channels))  # as in `forward`
-
-        bias = self.position_bias().to(hidden_states.dtype)
+        """The output of `forward`, for some windows at a time, so that what lies between stays in the cache."""
+        *grid_size, channels = hidden_states.shape
+        window_bytes = self.window_size**2 * 3 * channels * hidden_states.element_size()
+        bands = window_bands(*grid_size, self.window_size, shift, max(1, BAND_BYTES // window_bytes))
+        masks = self.position_bias().to(hidden_states.dtype)
         if shift:
-            shift_mask = bias + shift_mask[:, :, None]  # (2, 2, heads, tokens, tokens)
-        window_row_bytes = batch_size * self.window_size * padded_width * 3 * channels * hidden_states.element_size()
-        band_height = self.window_size * max(1, BAND_BYTES // window_row_bytes)
-        result = torch.empty_like(hidden_states)
-        for start in range(0, padded_height, band_height):
-            band = crop_segments(rows, start, start + band_height)
-            real = [segment for segment in band if segment.start is not None]
-            tokens = lay_out(hidden_states, real, dim=1, padding=None)  # (B, rows, W, C)
-            qkv = linear(self.qkv, tokens if before is None else before(tokens))  # (B, rows, W, 3C)
-            qkv = lay_out(qkv, columns, dim=2, padding=padding)
-            inner, place = [], 0
-            for first, length in band:
-                inner.append(Segment(None if first is None else place, length))
-                place += 0 if first is None else length
-            qkv = lay_out(qkv, inner, dim=1, padding=padding)
-            if shift:
-                is_last = start + band_height >= padded_height
-                output = self.attend_shifted(qkv, shift_mask, is_last, **kwargs)
-            else:
-                output, _ = self.attend(qkv, bias, **kwargs)
-            output = join(take_up(output, inner, dim=1), dim=1)
-            output = linear(self.proj, join(take_up(output, columns, dim=2), dim=2))
+            masks = masks + shift_mask  # (4, heads, tokens, tokens)
+        padding = self.qkv(hidden_states.new_zeros(1, channels))  # as in `forward`
+        grid = hidden_states.reshape(-1, channels)
+        result = torch.empty_like(grid)
+        for band in bands:
+            tokens = grid.index_select(0, band.tokens)  # (tokens, C)
+            qkv = linear(self.qkv, tokens if before is None else before(tokens))  # (tokens, 3C)
+            outputs = []
+            for mask, rows, places, sources in band.groups:
+                windows = qkv[rows]
+                if sources is not None:
+                    windows = torch.cat((windows, padding)).index_select(0, sources)
+                output, _ = self.attend(windows.unflatten(0, (-1, self.window_size**2)), masks[mask, None], **kwargs)
+                output = output.flatten(0, 1)
+                outputs.append(output if places is None else output.index_select(0, places))
+            output = linear(self.proj, outputs[0] if len(outputs) == 1 else torch.cat(outputs))
             output = output if after is None else after(tokens, output)
-            for first, piece in take_up(output, real, dim=1):
-                result[:, first : first + piece.shape[1]] = piece
-        return result
+            result.index_copy_(0, band.tokens, output)
+        return result.view(hidden_states.shape)
 
     def attend(self, qkv: torch.Tensor, mask: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention within each window of a grid.
+        """Attention within each window.
 
         Args:
-            qkv: (B, H, W, 3C), both sides multiples of the window.
-            mask: Added to the scores; broadcastable to (B * windows, heads, tokens, tokens).
+            qkv: (windows, window_size², 3C), those of all images.
+            mask: Added to the scores; broadcastable to (windows, heads, window_size², window_size²).
 
         Returns:
-            (B, H, W, C), and weights as `forward`.
+            (windows, window_size², C), and weights as `forward`.
         """
-        batch_size, height, width, channels = qkv.shape
-        channels = channels // 3
-        qkv = partition_windows(qkv, self.window_size)  # (B * windows, tokens, 3C)
+        channels = qkv.shape[-1] // 3
         qkv = qkv.view(*qkv.shape[:2], 3, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)  # each (B * windows, heads, tokens, C / heads)
+        query, key, value = qkv.unbind(0)  # each (windows, heads, tokens, C / heads)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         output, weights = attention_interface(
             self, query, key, value, mask, dropout=0.0, scaling=self.scaling, is_causal=False, **kwargs
         )
-        output = output.reshape(*output.shape[:2], channels)  # (B * windows, tokens, C)
-        return merge_windows(output, self.window_size, batch_size, height, width), weights
-
-    def attend_shifted(self, qkv: torch.Tensor, masks: torch.Tensor, is_last: bool, **kwargs) -> torch.Tensor:
-        """`attend` with a mask for those windows only that hold tokens from two sides: the last ones.
-
-        Args:
-            qkv: (B, H, W, 3C).
-            masks: (2, 2, heads, tokens, tokens) for windows of another row or the last one, and column likewise.
-            is_last: Whether these rows of windows are the last ones.
-        """
-        batch_size, height, width, channels = qkv.shape
-        last_row = height - self.window_size if is_last else height
-        last_column = width - self.window_size
-        output = qkv.new_empty(batch_size, height, width, channels // 3)
-        for row_kind, rows in enumerate((slice(0, last_row), slice(last_row, height))):
-            for column_kind, columns in enumerate((slice(0, last_column), slice(last_column, width))):
-                region = qkv[:, rows, columns]
-                if region.numel():
-                    output[:, rows, columns], _ = self.attend(region, masks[row_kind, column_kind][None], **kwargs)
-        return output
+        return output.reshape(*output.shape[:2], channels), weights
 
 
 class BiRefNetSwinMLP(nn.Module):

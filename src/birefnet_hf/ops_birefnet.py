@@ -74,7 +74,8 @@ def _is_watched() -> bool:
 def is_plain_inference(feature_map: torch.Tensor) -> bool:
     """Whether loops over chunks pay and nothing watches them: on a CPU, without autograd, capture or transforms."""
     return (
-        feature_map.device.type == "cpu"
+        type(feature_map) is torch.Tensor  # no stand-in without values
+        and feature_map.device.type == "cpu"
         and not _is_watched()
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
