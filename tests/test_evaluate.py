@@ -294,6 +294,9 @@ def test_composed_cutouts_are_the_same_each_time(data, tiny_model_dir, tmp_path)
         assert evaluate.main([*map(str, argv), "--output-dir", str(tmp_path / name), "--metrics", "mae", "iou"]) == 0
     assert values(tmp_path / "one") == values(tmp_path / "two")
     assert (tmp_path / "one" / "worst.png").read_bytes() == (tmp_path / "two" / "worst.png").read_bytes()
+    argv += ["--output-dir", tmp_path / "thin", "--metrics", "mae", "iou", "--thin-probability", "1"]
+    assert evaluate.main([*map(str, argv)]) == 0
+    assert values(tmp_path / "thin") != values(tmp_path / "one")
 
 
 def test_number_without_meaning_is_null_in_json(data, tmp_path):
@@ -316,6 +319,7 @@ def test_number_without_meaning_is_null_in_json(data, tmp_path):
         (["--predictions", "p", "--cutouts"], "no --predictions yet"),
         (["--predictions", "p", "--save-predictions", "q"], "are for a --model"),
         (["--model", "m", "--batch-size", "0"], "must be at least 1"),
+        (["--model", "m", "--cutouts", "--thin-probability", "20"], "is a chance, from 0 to 1"),
     ],
 )
 def test_wrong_options_are_explained(wrong, message, capsys):

@@ -58,6 +58,9 @@ def test_thin_structures_are_drawn_and_thin(draw):
         draw(ImageDraw.Draw(large), np.random.default_rng(seed), 384)
         covered = (np.asarray(large) > 127).mean()
         assert 0.003 < covered < 0.4
+        # Reduced as `thin_structure` does, lines are seen: most of what they touch is covered by a half.
+        alpha = np.asarray(large.reduce(3))
+        assert (alpha > 127).sum() > 0.45 * (alpha > 0).sum()
 
 
 def test_thin_structure_has_soft_edges():
@@ -91,6 +94,12 @@ def test_only_what_stands_in_front_is_in_the_mask():
         filled = (np.asarray(solid)[top:bottom, left:right] / 255).mean()
         assert touches or filled == pytest.approx(np.pi / 4, abs=0.06)
     assert max(taken) > 3  # distractors were there
+
+
+def test_some_objects_are_larger_than_the_frame():
+    compositor = Compositor(size=SIZE, max_objects=1, thin_probability=0)
+    covered = [np.asarray(compositor(np.random.default_rng(seed), [disc()], 0)[1]).mean() / 255 for seed in range(60)]
+    assert max(covered) > 0.9 and np.median(covered) < 0.5
 
 
 def test_several_objects_are_all_in_the_mask():
