@@ -61,6 +61,19 @@ def test_bfloat16_keeps_soft_edges():
     assert (np.concatenate([values.ravel() for values in difference]) <= 2).mean() >= 0.999
 
 
+def test_bfloat16_with_the_backbone_on_disk(tmp_path):
+    """What stays in float32 is offloaded so, and counters stay integers."""
+    modules = {"backbone": "disk", "squeeze_module": "cpu", "decoder": "cpu", "criterion": "cpu"}
+    pixel_values = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    whole = BiRefNetForImageSegmentation.from_pretrained(NANO, dtype=torch.bfloat16)
+    offloaded = BiRefNetForImageSegmentation.from_pretrained(
+        NANO, dtype=torch.bfloat16, device_map=modules, offload_folder=tmp_path
+    )
+    with torch.no_grad():
+        assert torch.equal(offloaded(pixel_values).logits, whole(pixel_values).logits)
+    assert {buffer.dtype for name, buffer in whole.named_buffers() if "num_batches" in name} == {torch.int64}
+
+
 def test_an_empty_scene_gives_no_object():
     alpha = load_pipeline("nano", output_type="mask")(Image.new("RGB", (200, 150), (90, 120, 160)))
     assert np.asarray(alpha).max() < 255

@@ -440,9 +440,9 @@ class BiRefNetDecoderLevel(nn.Module):
         Returns:
             Output (B, out_channels, h, w); in training the side output and the gradient, both (B, 1, h, w).
         """
-        inputs = [feature_map]
         if coarser is not None:
-            inputs = [feature_map.add_(resize(coarser, feature_map.shape[-2:]))]
+            feature_map.add_(resize(coarser, feature_map.shape[-2:]))
+        inputs = [feature_map]
         if self.inward_reference is not None:
             inputs.append(self.inward_reference(image, feature_map.shape[-2:]))
         hidden_states = self.block(*inputs)
@@ -499,6 +499,7 @@ class BiRefNetDecoder(nn.Module):
         hidden_states = None
         outputs, side_logits, gradient_logits = [], [], []
         for level in self.levels.values():
+            # Out here, where nothing else holds the encoder's map, so that it is released before the level's work.
             feature_map = feature_maps.pop()
             if level.lateral is not None:
                 feature_map = level.lateral(feature_map)
@@ -636,6 +637,10 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
         super().__init__(config)
         channels = config.feature_channels
         self.backbone = BiRefNetSwinBackbone(config) if config.is_swin else build_timm_backbone(config)
+        if config.backbone.startswith("tf_efficientnet") and torch.get_default_dtype() == torch.bfloat16:
+            # bfloat16, which is loaded or built then, is too coarse for an EfficientNet: with `nano`, alpha moves by more
+            # than 2/255 for a twentieth of the pixels of photographs, and in the decoder alone for a thousandth.
+            self.backbone.float()
         squeeze_in_channels = channels[3] + sum(channels[3 - config.context_levels : 3])
         self.squeeze_module = nn.Sequential(
             *(self._squeeze_block(squeeze_in_channels) for _ in range(config.num_squeeze_blocks))
@@ -650,17 +655,6 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
         self.post_init()
         if config.freeze_backbone:
             self.backbone.requires_grad_(False)
-
-    def _get_dtype_plan(self, dtype: torch.dtype) -> dict[str, torch.dtype]:
-        """Which parts are loaded in another precision than asked for.
-
-        bfloat16 is too coarse for an EfficientNet: with `nano`, alpha moves by more than 2/255 for a twentieth of the
-        pixels of photographs. In the decoder it moves by so much for none.
-        """
-        plan = super()._get_dtype_plan(dtype)
-        if dtype == torch.bfloat16 and self.config.backbone.startswith("tf_efficientnet"):
-            plan["backbone"] = torch.float32
-        return plan
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's first convolution: where training of adapters lets gradients begin."""
@@ -743,22 +737,20 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
 
         feature_maps = self.encode(image, **kwargs)
         dtype = self.decoder.mask_head.weight.dtype
-        if image.dtype != dtype:  # see `_get_dtype_plan`
+        if image.dtype != dtype:  # the backbone was kept in float32
             feature_maps, image = [feature_map.to(dtype) for feature_map in feature_maps], image.to(dtype)
-        coarsest, squeezed = feature_maps[3], self.squeeze(feature_maps)
+        class_logits, gradient_targets = None, ()
+        if self.training and self.class_head is not None:
+            class_logits = self.class_head(feature_maps[3].mean(dim=(2, 3)))
+        feature_maps.append(self.squeeze(feature_maps))
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        encoder_outputs = (*feature_maps, squeezed) if output_hidden_states else ()
-        feature_maps[3] = squeezed
+        encoder_outputs = tuple(feature_maps) if output_hidden_states else ()
+        del feature_maps[3]  # the decoder takes the squeezed map in its place
         logits, side_logits, gradient_logits, decoder_outputs = self.decoder(feature_maps, image)
-
-        class_logits, gradient_targets = None, ()
-        if self.training:
-            if self.class_head is not None:
-                class_logits = self.class_head(coarsest.mean(dim=(2, 3)))
-            if gradient_logits:
-                laplacian = image_laplacian(image)
-                gradient_targets = tuple(laplacian * resize(side, image.shape[-2:]) for side in side_logits)
+        if self.training and gradient_logits:
+            laplacian = image_laplacian(image)
+            gradient_targets = tuple(laplacian * resize(side, image.shape[-2:]) for side in side_logits)
 
         loss, loss_terms = None, None
         if labels is not None:
