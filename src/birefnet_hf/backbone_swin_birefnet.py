@@ -139,13 +139,15 @@ def window_bands(
         groups, tokens, start = [], [], 0
         for value in kinds.unique().tolist():
             group = windows[kinds == value].flatten()
-            places = (group < num_tokens).nonzero()[:, 0]
-            sources = torch.full_like(group, len(places))
-            sources[places] = torch.arange(len(places), device="cpu")
-            padded = (places, sources) if value % 2 else (None, None)
-            groups.append(WindowGroup(value // 2, slice(start, start + len(places)), *padded))
-            tokens.append(group[places])
-            start += len(places)
+            places = sources = None
+            if value % 2:
+                places = (group < num_tokens).nonzero()[:, 0]
+                sources = torch.full_like(group, len(places))
+                sources[places] = torch.arange(len(places), device="cpu")
+                group = group[places]
+            groups.append(WindowGroup(value // 2, slice(start, start + len(group)), places, sources))
+            tokens.append(group)
+            start += len(group)
         bands.append(WindowBand(torch.cat(tokens), tuple(groups)))
     return tuple(bands)
 
@@ -249,13 +251,16 @@ class BiRefNetSwinAttention(nn.Module):
         **kwargs,
     ) -> torch.Tensor:
         """The output of `forward`, for some windows at a time, so that what lies between stays in the cache."""
-        *grid_size, channels = hidden_states.shape
+        batch_size, height, width, channels = hidden_states.shape
         window_bytes = self.window_size**2 * 3 * channels * hidden_states.element_size()
-        bands = window_bands(*grid_size, self.window_size, shift, max(1, BAND_BYTES // window_bytes))
+        windows_per_band = max(1, BAND_BYTES // window_bytes)
+        bands = window_bands(batch_size, height, width, self.window_size, shift, windows_per_band)
         masks = self.position_bias().to(hidden_states.dtype)
         if shift:
             masks = masks + shift_mask  # (4, heads, tokens, tokens)
-        padding = self.qkv(hidden_states.new_zeros(1, channels))  # as in `forward`
+        padding = None
+        if height % self.window_size or width % self.window_size:
+            padding = self.qkv(hidden_states.new_zeros(1, channels))  # as in `forward`
         grid = hidden_states.reshape(-1, channels)
         result = torch.empty_like(grid)
         for band in bands:
