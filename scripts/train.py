@@ -372,9 +372,12 @@ def load_data(
     """
     options = {"check": arguments.check, "on_bad": arguments.on_bad_data}
     columns = {"image_column": arguments.image_column, "mask_column": arguments.mask_column}
-    composed = {"compositor": Compositor(size, arguments.backgrounds) if arguments.cutouts else None}
-    # Drawn structures would stand in for a part of the cut-outs that are to be measured.
-    measured = Compositor(size, arguments.backgrounds, thin_probability=0)
+    compositor = measuring = None
+    if arguments.cutouts:
+        compositor = Compositor(size, arguments.backgrounds)
+    if arguments.cutouts if arguments.validation_fraction else arguments.validation_cutouts:
+        # Drawn structures would stand in for a part of the cut-outs that are to be measured.
+        measuring = Compositor(size, arguments.backgrounds, thin_probability=0)
     source = {
         "source": arguments.data,
         "masks": arguments.masks,
@@ -384,22 +387,22 @@ def load_data(
     if arguments.validation_fraction:
         # Divided before composing: else held-out cut-outs would stand beside and behind those that are trained on. The
         # division does not depend on the seed, so that runs can be compared.
-        rows = load_pairs(**source, **columns, **composed, check="off", on_bad=arguments.on_bad_data)
+        rows = load_pairs(**source, **columns, compositor=compositor, check="off", on_bad=arguments.on_bad_data)
         order = np.random.default_rng(0).permutation(len(rows))
         held_out = max(1, round(arguments.validation_fraction * len(rows)))
         training, validation = (
-            load_pairs(rows.select(np.sort(part)), compositor=compositor if arguments.cutouts else None, **options)
-            for part, compositor in ((order[held_out:], composed["compositor"]), (order[:held_out], measured))
+            load_pairs(rows.select(np.sort(part)), compositor=composing, **options)
+            for part, composing in ((order[held_out:], compositor), (order[:held_out], measuring))
         )
     else:
-        training, validation = load_pairs(**source, **columns, **composed, **options), None
+        training, validation = load_pairs(**source, **columns, compositor=compositor, **options), None
         if arguments.validation_data:
             validation = load_pairs(
                 arguments.validation_data,
                 arguments.validation_masks,
                 subsets=arguments.validation_subsets,
                 split=arguments.validation_split,
-                compositor=measured if arguments.validation_cutouts else None,
+                compositor=measuring,
                 **columns,
                 **options,
             )

@@ -583,6 +583,19 @@ def test_all_sources_of_data_are_reached_from_the_command_line(pairs, tmp_path):
     assert lengths("--data", pairs, "--cutouts", "--validation-data", pairs, "--validation-samples", 2) == (8, 2)
 
 
+def test_backgrounds_matter_to_cutouts_only(tmp_path):
+    for number in range(2):
+        image, mask = draw_pair(number)
+        for folder, picture in (("im", image), ("gt", mask)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            picture.save(tmp_path / folder / f"{number}.png")
+    more = ["--backgrounds", str(tmp_path / "nowhere"), "--output-dir", "x", "--backbone", "y"]
+    settings = train.parse_arguments(["--data", str(tmp_path), *more])
+    assert len(train.load_data(settings, (64, 64))[0]) == 2
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train.load_data(train.parse_arguments(["--data", str(tmp_path), "--cutouts", *more]), (64, 64))
+
+
 def test_held_out_cutouts_are_not_composed_into_training_pictures(tmp_path):
     for number in range(10):
         image, mask = draw_pair(number)
