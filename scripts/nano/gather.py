@@ -12,6 +12,7 @@ import itertools
 import re
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +119,11 @@ def cut_out(path: Path) -> Image.Image | None:
     return image
 
 
+def usable(paths: Iterable[Path], number: int | None = None) -> Iterator[Image.Image]:
+    """The first cut-outs of those that have a clear object, all of them where no number is given."""
+    return itertools.islice((image for path in paths if (image := cut_out(path)) is not None), number)
+
+
 def files(folder: Path, kinds: list[str]) -> list[Path]:
     """The PNG files of those kinds, drawings among photographs left out."""
     found = sorted(path for kind in kinds for path in (folder / kind).rglob("*.png"))
@@ -158,7 +164,7 @@ def main(drawings_folder: str, debian: str, output: str, renderings_folder: str 
         shutil.copy(drawings[index], validation / "drawings" if place < held_out else cutouts)
 
     rng = np.random.default_rng(1)
-    photos = [photo for path in files(Path(debian) / STAMPS, STAMP_KINDS) if (photo := cut_out(path)) is not None]
+    photos = list(usable(files(Path(debian) / STAMPS, STAMP_KINDS)))
     chosen = set(rng.permutation(len(photos))[: len(photos) // 10].tolist())
     for index, photo in enumerate(photos):
         folder, repeats = (validation / "photos", 1) if index in chosen else (cutouts, PHOTO_REPEATS)
@@ -167,14 +173,12 @@ def main(drawings_folder: str, debian: str, output: str, renderings_folder: str 
 
     clipart = files(Path(debian) / CLIPART, CLIPART_KINDS)
     clipart = [clipart[index] for index in rng.permutation(len(clipart))]
-    usable = (image for path in clipart if (image := cut_out(path)) is not None)
-    for index, image in enumerate(itertools.islice(usable, NUM_CLIPART)):
+    for index, image in enumerate(usable(clipart, NUM_CLIPART)):
         image.save(cutouts / f"clipart_{index:03d}.png")
 
     if renderings_folder:
         paths = renderings(Path(renderings_folder), np.random.default_rng(2))
-        usable = (image for path in paths if (image := cut_out(path)) is not None)
-        for index, image in enumerate(itertools.islice(usable, NUM_RENDERINGS)):
+        for index, image in enumerate(usable(paths, NUM_RENDERINGS)):
             folder = cutouts if index % 10 else validation / "renderings"
             image.save(folder / f"rendering_{index:03d}.png")
 

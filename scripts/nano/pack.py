@@ -2,8 +2,8 @@
 
     python scripts/nano/pack.py TRAINED_DIR BEFORE_DIR [EARLIER_DIR ...]
 
-The weights are the mean of those after the last part of the training and before it: better than either on photographs
-and real pictures.
+The weights are the mean of those after the last part of the training and before it: better than either on held-out
+drawings and photographs.
 
 The card in src/birefnet_hf/nano/README.md is written by hand.
 """

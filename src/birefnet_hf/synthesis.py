@@ -236,10 +236,13 @@ def _open_photo(path: Path, largest: int) -> Image.Image:
 
 
 # Thin structures: each function draws white on a black square of the given side.
+def _visible(width: float) -> int:
+    """A line's width, not under one pixel of the picture: nobody sees such a line."""
+    return max(_SUPERSAMPLING, round(width))
+
+
 def _line(draw: ImageDraw.ImageDraw, points: np.ndarray, width: float) -> None:
-    # Not under one pixel of the picture: nobody sees such a line.
-    width = max(_SUPERSAMPLING, round(width))
-    draw.line([tuple(point) for point in points.tolist()], fill=255, width=width, joint="curve")
+    draw.line([tuple(point) for point in points.tolist()], fill=255, width=_visible(width), joint="curve")
 
 
 def _draw_wires(draw: ImageDraw.ImageDraw, rng: np.random.Generator, side: int) -> None:
@@ -293,7 +296,7 @@ def _draw_wheel(draw: ImageDraw.ImageDraw, rng: np.random.Generator, side: int) 
         _line(draw, (0.5 + np.array(points)) * side, width)
     for radius, thickness in ((rim, side * rng.uniform(0.008, 0.035)), (hub, side * 0.012)):
         box = [(0.5 - radius) * side, (0.5 - radius) * side, (0.5 + radius) * side, (0.5 + radius) * side]
-        draw.ellipse(box, outline=255, width=max(_SUPERSAMPLING, round(thickness)))
+        draw.ellipse(box, outline=255, width=_visible(thickness))
 
 
 def _draw_text(draw: ImageDraw.ImageDraw, rng: np.random.Generator, side: int) -> None:
@@ -301,7 +304,7 @@ def _draw_text(draw: ImageDraw.ImageDraw, rng: np.random.Generator, side: int) -
     lines = ["".join(rng.choice(list("ABCDEFGHKLMNPRSTUVXYZabcdeghknorsu023456789&"), rng.integers(3, 8)))]
     lines += ["".join(rng.permutation(list(lines[0]))) for _ in range(rng.integers(0, 3))]
     font = ImageFont.load_default(size=side * 1.5 / max(len(lines[0]), 2 * len(lines)))
-    stroke = max(_SUPERSAMPLING, round(side * rng.uniform(0.003, 0.01)))
+    stroke = _visible(side * rng.uniform(0.003, 0.01))
     outline = rng.random() < 0.5
     draw.multiline_text(
         (side / 2, side / 2),
