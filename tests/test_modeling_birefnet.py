@@ -244,6 +244,22 @@ def test_half_precision_is_close(tiny_model, dtype):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_folded_batch_norm_is_not_rounded(dtype):
+    """What it adds is a difference of large numbers, which half precision would lose."""
+    generator = torch.Generator().manual_seed(0)
+    norm = BiRefNetBatchNorm2d(16).eval()
+    for tensor in norm.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 4, generator=generator)
+    norm.to(dtype)
+    scale, shift = norm.scale_and_shift()
+    values = 4 * torch.rand(64, 16, 1, 1, generator=generator)
+    expected = norm.float()(values)  # of the same, rounded, weights
+    torch.testing.assert_close(values * scale[:, None, None] + shift[:, None, None], expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_autocast_is_close(tiny_model):
     expected = logits_of(tiny_model, image())
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -126,8 +126,9 @@ class BiRefNetBatchNorm2d(nn.BatchNorm2d):
         return super().forward(hidden_states)
 
     def scale_and_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What it multiplies by and adds in evaluation mode, each (channels,)."""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        """What it multiplies by and adds in evaluation mode, each (channels,), float32 at least: they are differences."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        scale = self.weight * (self.running_var.to(dtype) + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
 
 
@@ -337,9 +338,11 @@ class BiRefNetASPP(nn.Module):
         rows = total.to(dtype).flatten(1)[:, None].repeat(1, height * width, 1)  # (B, H * W, out_channels)
         for branch, kernel in zip((self.pointwise_branch, *self.deformable_branches), kernels, strict=True):
             scale, shift = branch.norm.scale_and_shift()
-            weight = branch.conv.regular_conv.weight * scale[:, None, None, None]
+            weight = (branch.conv.regular_conv.weight * scale[:, None, None, None]).to(kernel.dtype)
             offset, modulator = branch.conv.displacement(hidden_states)
-            add_projected_deform_conv2d(rows, hidden_states, offset, modulator, weight, shift, kernel[:, :, 0, 0])
+            add_projected_deform_conv2d(
+                rows, hidden_states, offset, modulator, weight, shift.to(kernel.dtype), kernel[:, :, 0, 0]
+            )
         return rows.to(total.dtype).view(batch_size, height, width, -1).permute(0, 3, 1, 2)
 
 
@@ -639,7 +642,7 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
         self.backbone = BiRefNetSwinBackbone(config) if config.is_swin else build_timm_backbone(config)
         if config.backbone.startswith("tf_efficientnet") and torch.get_default_dtype() == torch.bfloat16:
             # bfloat16, which is loaded or built then, is too coarse for an EfficientNet: with `nano`, alpha moves by more
-            # than 2/255 for a twentieth of the pixels of photographs, and in the decoder alone for a thousandth.
+            # than 2/255 for a twentieth of the pixels of photographs, and in the decoder alone for one in four thousand.
             self.backbone.float()
         squeeze_in_channels = channels[3] + sum(channels[3 - config.context_levels : 3])
         self.squeeze_module = nn.Sequential(
