@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from birefnet_hf import ops_birefnet
-from birefnet_hf.ops_birefnet import add_projected_deform_conv2d, deform_conv2d, is_plain_inference, linear
+from birefnet_hf.ops_birefnet import (
+    add_projected_deform_conv2d,
+    deform_conv2d,
+    is_plain_inference,
+    linear,
+    linear_after,
+)
 
 
 IMPLEMENTATIONS = ("torchvision", "gather")
@@ -307,3 +313,47 @@ def test_fused_linear_layer_leaves_others_to_themselves():
     torch.testing.assert_close(linear(layer, tokens), F.linear(tokens, layer.weight, layer.bias) + 1)
     with pytest.raises(RuntimeError, match="dtype"):
         linear(nn.Linear(3, 4).double(), tokens)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("before", [nn.LayerNorm(24), F.gelu], ids=["norm", "gelu"])
+def test_linear_after_keeps_its_input_only(before, autocast):
+    """The same as written out, bit by bit, forward and backward; what lies between is not kept."""
+    torch.manual_seed(0)
+    layer, tokens = nn.Linear(24, 40), torch.randn(4, 5, 8, 24, requires_grad=True)
+    learnt = [tokens, *layer.parameters(), *(before.parameters() if isinstance(before, nn.Module) else ())]
+    outcomes, kept = [], []
+    for call in (lambda: linear_after(layer, before, tokens), lambda: layer(before(tokens))):
+        saved = {}
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, saved=saved: (saved.setdefault(tensor.data_ptr(), tensor), tensor)[1], lambda tensor: tensor
+        )
+        with hooks, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            output = call()
+        kept.append(sum(tensor.numel() >= tokens.numel() for tensor in saved.values()))  # weights have less
+        outcomes.append([output.detach(), *torch.autograd.grad(output.float().square().sum(), learnt)])
+    for actual, expected in zip(*outcomes, strict=True):
+        assert torch.equal(actual, expected)
+    assert kept == [1, 2]
+
+
+def test_linear_after_calls_once_whatever_is_watched():
+    """Hooks see one call, as do layers that have taken the linear one's place; inference and torch.func go the plain way."""
+    calls = []
+    layer, tokens = nn.Linear(3, 4), torch.randn(5, 3, requires_grad=True)
+    hooked = nn.Linear(3, 4)
+    hooked.register_forward_hook(lambda *_: calls.append("hook"))
+
+    class Counted(nn.Linear):
+        def forward(self, hidden_states):
+            calls.append("subclass")
+            return super().forward(hidden_states)
+
+    for module in (hooked, Counted(3, 4)):
+        linear_after(module, F.gelu, tokens).sum().backward()
+    assert calls == ["hook", "subclass"]
+    jacobian = torch.func.jacrev(lambda tokens: linear_after(layer, F.gelu, tokens))(tokens.detach())
+    expected = torch.func.jacrev(lambda tokens: layer(F.gelu(tokens)))(tokens.detach())
+    torch.testing.assert_close(jacobian, expected)
+    with torch.no_grad():
+        assert torch.equal(linear_after(layer, F.gelu, tokens), layer(F.gelu(tokens)))

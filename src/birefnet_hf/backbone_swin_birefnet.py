@@ -11,7 +11,7 @@ from transformers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_birefnet import BiRefNetConfig
-from .ops_birefnet import has_hooks, is_plain_inference, linear
+from .ops_birefnet import has_hooks, is_plain_inference, linear, linear_after
 
 
 # Bytes of queries, keys and values that inference on a CPU holds at a time: small enough to stay in a cache.
@@ -223,7 +223,8 @@ class BiRefNetSwinAttention(nn.Module):
 
         batch_size, height, width, channels = hidden_states.shape
         missing_rows, missing_columns = (round_up(size, self.window_size) - size for size in (height, width))
-        qkv = self.qkv(hidden_states if before is None else before(hidden_states))  # (B, H, W, 3C)
+        # (B, H, W, 3C)
+        qkv = self.qkv(hidden_states) if before is None else linear_after(self.qkv, before, hidden_states)
         if missing_rows or missing_columns:
             # The bias, asked of the module because adapters and offloaded weights take effect when it is called.
             padding = self.qkv(hidden_states.new_zeros(1, 1, 1, channels))
@@ -309,9 +310,11 @@ class BiRefNetSwinMLP(nn.Module):
         self.fc1 = nn.Linear(channels, 4 * channels)
         self.fc2 = nn.Linear(4 * channels, channels)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, C) → (B, H, W, C)."""
-        return linear(self.fc2, linear(self.fc1, hidden_states, activation="gelu"))
+    def forward(self, hidden_states: torch.Tensor, before: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """(B, H, W, C) → (B, H, W, C), of what `before` makes of them."""
+        if self.training:
+            return linear_after(self.fc2, F.gelu, linear_after(self.fc1, before, hidden_states))
+        return linear(self.fc2, linear(self.fc1, before(hidden_states), activation="gelu"))
 
 
 class BiRefNetDropPath(nn.Module):
@@ -344,17 +347,17 @@ class BiRefNetSwinBlock(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, shift_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
         """(B, H, W, C) → (B, H, W, C)."""
         shift_mask = shift_mask if self.shift else None
+        # Functions, not modules, which the hooks of offloaded weights would move to the device.
+        steps = {"before": lambda tokens: self.norm1(tokens)}
         if not self.training and works_in_bands(self.attn.config, hidden_states) and not has_hooks(self.attn):
-            # Functions, not modules, which the hooks of offloaded weights would move to the device.
-            steps = {"before": lambda tokens: self.norm1(tokens), "after": self.add}
-            return self.attn(hidden_states, self.shift, shift_mask, **steps, **kwargs)[0]
-        attention, _ = self.attn(self.norm1(hidden_states), self.shift, shift_mask, **kwargs)
+            return self.attn(hidden_states, self.shift, shift_mask, **steps, after=self.add, **kwargs)[0]
+        attention, _ = self.attn(hidden_states, self.shift, shift_mask, **steps, **kwargs)
         return self.add(hidden_states, attention)
 
     def add(self, hidden_states: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """The block's output from its input and what attention gave, token by token."""
         hidden_states = hidden_states + self.drop_path(attention)
-        return hidden_states + self.drop_path(self.mlp(self.norm2(hidden_states)))
+        return hidden_states + self.drop_path(self.mlp(hidden_states, before=lambda tokens: self.norm2(tokens)))
 
 
 class BiRefNetSwinPatchMerging(nn.Module):

@@ -1,4 +1,4 @@
-"""Deformable convolution v2 behind one function: torchvision's operator, and a gather that is faster on CPUs."""
+"""Deformable convolution v2 behind one function: torchvision's operator, and a gather that is faster on CPUs. Linear layers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import deform_conv2d as torchvision_deform_conv2d
 
 
@@ -136,6 +137,27 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def linear_after(
+    layer: nn.Module, before: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.Tensor
+) -> torch.Tensor:
+    """`layer(before(hidden_states))`. Training keeps `hidden_states` alone and computes `before` again going backward.
+
+    Args:
+        layer: `nn.Linear`, or anything else that has taken its place, which is then called as usual.
+        before: Something cheap that gives the same each time, such as a normalisation or an activation.
+        hidden_states: (..., in_features).
+
+    Returns:
+        (..., out_features).
+    """
+    if type(layer) is not nn.Linear or has_hooks(layer) or not _is_plain_training((hidden_states,)):
+        return layer(before(hidden_states))
+    # It stops where the layer's input is there again: the product itself is not repeated.
+    return checkpoint(
+        lambda tokens: layer(before(tokens)), hidden_states, use_reentrant=False, preserve_rng_state=False
+    )
 
 
 def _is_plain_training(inputs: Sequence[torch.Tensor]) -> bool:
@@ -389,4 +411,11 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
         total += left @ right
 
 
-__all__ = ["add_projected_deform_conv2d", "deform_conv2d", "has_hooks", "is_plain_inference", "linear"]
+__all__ = [
+    "add_projected_deform_conv2d",
+    "deform_conv2d",
+    "has_hooks",
+    "is_plain_inference",
+    "linear",
+    "linear_after",
+]
