@@ -18,6 +18,7 @@ from birefnet_hf.modeling_birefnet import (
     BiRefNetBatchNorm2d,
     BiRefNetDecoder,
     BiRefNetDeformableConv,
+    conv_of_concatenation,
     conv_pair,
     image_laplacian,
     pad_to_divisor,
@@ -241,6 +242,20 @@ def test_half_precision_is_close(tiny_model, dtype):
     assert actual.dtype == dtype
     assert (actual.float() - expected).abs().max() < 0.1 * expected.std()
     assert torch.equal(logits_of(half, image().to(dtype)), actual)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side, convolutions", [(3, 1), (16, 2)])
+def test_conv_of_concatenation(side, convolutions, monkeypatch):
+    """By two convolutions, or on small maps by one of the concatenation; the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(8, 6, 3, padding=1)
+    maps = [torch.randn(2, channels, side, side, generator=generator) for channels in (5, 3)]
+    expected = conv(torch.cat(maps, dim=1))
+    calls, conv2d = [], F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *args, **kwargs: calls.append(args) or conv2d(*args, **kwargs))
+    torch.testing.assert_close(conv_of_concatenation(conv, maps), expected)
+    assert len(calls) == convolutions
 
 
 @torch.no_grad()

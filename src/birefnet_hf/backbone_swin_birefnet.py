@@ -11,7 +11,7 @@ from transformers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_birefnet import BiRefNetConfig
-from .ops_birefnet import has_hooks, is_plain_inference, linear, linear_after
+from .ops_birefnet import has_hooks, is_plain_inference, is_plain_linear, linear, linear_after
 
 
 # Bytes of queries, keys and values that inference on a CPU holds at a time: small enough to stay in a cache.
@@ -261,7 +261,9 @@ class BiRefNetSwinAttention(nn.Module):
             masks = masks + shift_mask  # (4, heads, tokens, tokens)
         padding = None
         if height % self.window_size or width % self.window_size:
-            padding = self.qkv(hidden_states.new_zeros(1, channels))  # as in `forward`
+            # As in `forward`, without reading the weights for it.
+            zeros = hidden_states.new_zeros(1, channels)
+            padding = self.qkv.bias[None] if is_plain_linear(self.qkv) else self.qkv(zeros)  # (1, 3C)
         grid = hidden_states.reshape(-1, channels)
         result = torch.empty_like(grid)
         for band in bands:

@@ -164,7 +164,9 @@ def conv_of_concatenation(conv: nn.Module, feature_maps: Sequence[torch.Tensor])
         conv: A convolution of stride 1, without groups or dilation.
         feature_maps: Each (B, C_i, H, W).
     """
-    if not is_plain(conv):
+    # The split weights are copied. On small maps that takes longer than copying the maps.
+    is_small = is_plain_inference(feature_maps[0]) and feature_maps[0][:, 0].numel() < conv.weight[:, 0].numel()
+    if is_small or not is_plain(conv):
         return conv(torch.cat(feature_maps, dim=1))
     weights = conv.weight.split([feature_map.shape[1] for feature_map in feature_maps], dim=1)
     output = F.conv2d(feature_maps[0], weights[0], conv.bias, padding=conv.padding)

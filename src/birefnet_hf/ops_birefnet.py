@@ -88,6 +88,12 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether computing with the layer's weight and bias is as good as calling it."""
+    weight = getattr(layer, "weight", None)
+    return type(layer) is nn.Linear and type(weight) is nn.Parameter and not weight.is_meta and not has_hooks(layer)
+
+
 def linear(
     layer: nn.Module, hidden_states: torch.Tensor, activation: Literal["none", "gelu"] = "none"
 ) -> torch.Tensor:
@@ -103,16 +109,8 @@ def linear(
     Returns:
         (..., out_features).
     """
-    weight = getattr(layer, "weight", None)
-    if (
-        is_plain_inference(hidden_states)
-        and type(layer) is nn.Linear
-        and type(weight) is nn.Parameter
-        and not weight.is_meta
-        and not has_hooks(layer)
-        and weight.dtype == hidden_states.dtype
-    ):
-        return _fused_linear(hidden_states, weight, layer.bias, activation)
+    if is_plain_inference(hidden_states) and is_plain_linear(layer) and layer.weight.dtype == hidden_states.dtype:
+        return _fused_linear(hidden_states, layer.weight, layer.bias, activation)
     output = layer(hidden_states)
     return F.gelu(output) if activation == "gelu" else output
 
@@ -152,7 +150,7 @@ def linear_after(
     Returns:
         (..., out_features).
     """
-    if type(layer) is not nn.Linear or has_hooks(layer) or not _is_plain_training((hidden_states,)):
+    if not is_plain_linear(layer) or not _is_plain_training((hidden_states,)):
         return layer(before(hidden_states))
     # It stops where the layer's input is there again: the product itself is not repeated.
     return checkpoint(
@@ -213,7 +211,7 @@ def add_projected_deform_conv2d(
         bias: (out_channels,).
         projection: (projected, out_channels).
     """
-    kernel = _kernel_matrix(weight).t().contiguous()
+    kernel = weight.permute(0, 2, 3, 1).flatten(1)  # (out, k² * C): `_kernel_matrix` transposed, in one copy
     for taps, columns in _sampled_columns(feature_map, offset, modulator, weight.shape[-1]):
         convolved = _fused_linear(columns, kernel, bias, "relu")
         _add_product(total[taps.image, taps.pixels], convolved, projection.t())
@@ -416,6 +414,7 @@ __all__ = [
     "deform_conv2d",
     "has_hooks",
     "is_plain_inference",
+    "is_plain_linear",
     "linear",
     "linear_after",
 ]
