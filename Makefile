@@ -18,6 +18,10 @@ demo: $(READY)  ## cut out a photo, offline
 space: $(READY)  ## the web demo, on http://127.0.0.1:7860
 	$(BIN)/python space/app.py
 
+NANO_DATA = --data runs/nano/data-with-renderings/training/cutouts \
+	--validation-data runs/nano/data-with-renderings/validation/cutouts \
+	--backgrounds runs/nano/data-with-renderings/training/backgrounds
+
 nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIAN=… RENDERINGS=…, see scripts/nano/SOURCES.md
 	$(foreach name,CUTOUTS DEBIAN RENDERINGS,$(if $($(name)),,$(error $(name)=folder is missing, see scripts/nano/SOURCES.md)))
 	$(BIN)/python scripts/nano/gather.py $(CUTOUTS) $(DEBIAN) runs/nano/data
@@ -36,12 +40,13 @@ nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIA
 	$(BIN)/python scripts/train.py --config scripts/nano/detail.yaml --data runs/nano/data/training/cutouts \
 		--validation-data runs/nano/data/validation/cutouts --backgrounds runs/nano/data/training/backgrounds \
 		--model runs/nano/photos --output-dir runs/nano/detail
-	$(BIN)/python scripts/train.py --config scripts/nano/renderings.yaml \
-		--data runs/nano/data-with-renderings/training/cutouts \
-		--validation-data runs/nano/data-with-renderings/validation/cutouts \
-		--backgrounds runs/nano/data-with-renderings/training/backgrounds \
+	$(BIN)/python scripts/train.py --config scripts/nano/renderings.yaml $(NANO_DATA) \
 		--model runs/nano/detail --output-dir runs/nano/renderings
-	$(BIN)/python scripts/nano/pack.py runs/nano/renderings runs/nano/detail runs/nano/photos runs/nano/longer runs/nano/large runs/nano/small
+	$(BIN)/python scripts/nano/mean.py runs/nano/renderings runs/nano/detail runs/nano/mean
+	$(BIN)/python scripts/train.py --config scripts/nano/sharper.yaml $(NANO_DATA) \
+		--model runs/nano/mean --output-dir runs/nano/sharper
+	$(BIN)/python scripts/nano/mean.py runs/nano/sharper runs/nano/mean runs/nano/packed
+	$(BIN)/python scripts/nano/pack.py runs/nano/packed $(addprefix runs/nano/,small large longer photos detail renderings sharper)
 
 notebook: $(READY)  ## run the quick start notebook and save its pictures
 	PYTHONWARNINGS="ignore:IProgress" $(BIN)/jupyter-execute --inplace notebooks/quickstart.ipynb

@@ -1,9 +1,6 @@
 """Puts a trained network into the package: half precision, and the log and the curve of its training beside the settings.
 
-    python scripts/nano/pack.py TRAINED_DIR BEFORE_DIR [EARLIER_DIR ...]
-
-The weights are the mean of those after the last part of the training and before it: better than either on held-out
-drawings and photographs.
+    python scripts/nano/pack.py MODEL_DIR FIRST_RUN_DIR … LAST_RUN_DIR
 
 The card in src/birefnet_hf/nano/README.md is written by hand.
 """
@@ -50,23 +47,11 @@ def curve(rows: Sequence[dict[str, float]]) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width + 60} {height + 60}" font-size="13">\n{body}\n</svg>\n'
 
 
-def averaged(trained: Path, before: Path) -> BiRefNetForImageSegmentation:
-    """A network whose weights lie halfway between two, the batch norms' statistics too."""
-    model, other = (
-        BiRefNetForImageSegmentation.from_pretrained(path, dtype=torch.float32) for path in (trained, before)
-    )
-    weights = other.state_dict()
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            tensor.lerp_(weights[name], 0.5)
-    return model
-
-
 def main(folders: Sequence[Path]) -> None:
-    trained, *earlier = folders
-    averaged(trained, earlier[0]).half().save_pretrained(NANO)
-    BiRefNetImageProcessor.from_pretrained(trained).save_pretrained(NANO)
-    rows = joined_log([*earlier, trained])
+    packed, *runs = folders
+    BiRefNetForImageSegmentation.from_pretrained(packed, dtype=torch.float16).save_pretrained(NANO)
+    BiRefNetImageProcessor.from_pretrained(packed).save_pretrained(NANO)
+    rows = joined_log(runs)
     (HERE / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (HERE / "curve.svg").write_text(curve(rows), encoding="utf-8")
 
