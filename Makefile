@@ -42,11 +42,15 @@ nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIA
 		--model runs/nano/photos --output-dir runs/nano/detail
 	$(BIN)/python scripts/train.py --config scripts/nano/renderings.yaml $(NANO_DATA) \
 		--model runs/nano/detail --output-dir runs/nano/renderings
-	$(BIN)/python scripts/nano/mean.py runs/nano/renderings runs/nano/detail runs/nano/mean
+	$(BIN)/python scripts/nano/mean.py runs/nano/renderings runs/nano/detail runs/nano/renderings-mean
 	$(BIN)/python scripts/train.py --config scripts/nano/sharper.yaml $(NANO_DATA) \
-		--model runs/nano/mean --output-dir runs/nano/sharper
-	$(BIN)/python scripts/nano/mean.py runs/nano/sharper runs/nano/mean runs/nano/packed
-	$(BIN)/python scripts/nano/pack.py runs/nano/packed $(addprefix runs/nano/,small large longer photos detail renderings sharper)
+		--model runs/nano/renderings-mean --output-dir runs/nano/sharper
+	$(BIN)/python scripts/nano/mean.py runs/nano/sharper runs/nano/renderings-mean runs/nano/sharper-mean
+	$(BIN)/python scripts/train.py --config scripts/nano/settled.yaml $(NANO_DATA) \
+		--model runs/nano/sharper-mean --output-dir runs/nano/settled
+	$(BIN)/python scripts/nano/mean.py runs/nano/settled runs/nano/sharper-mean runs/nano/settled-mean
+	$(BIN)/python scripts/nano/pack.py runs/nano/settled-mean \
+		$(addprefix runs/nano/,small large longer photos detail renderings sharper settled)
 
 notebook: $(READY)  ## run the quick start notebook and save its pictures
 	PYTHONWARNINGS="ignore:IProgress" $(BIN)/jupyter-execute --inplace notebooks/quickstart.ipynb
