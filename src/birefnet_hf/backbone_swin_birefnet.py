@@ -349,12 +349,16 @@ class BiRefNetSwinBlock(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, shift_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
         """(B, H, W, C) → (B, H, W, C)."""
         shift_mask = shift_mask if self.shift else None
-        # Functions, not modules, which the hooks of offloaded weights would move to the device.
-        steps = {"before": lambda tokens: self.norm1(tokens)}
-        if not self.training and works_in_bands(self.attn.config, hidden_states) and not has_hooks(self.attn):
-            return self.attn(hidden_states, self.shift, shift_mask, **steps, after=self.add, **kwargs)[0]
-        attention, _ = self.attn(hidden_states, self.shift, shift_mask, **steps, **kwargs)
-        return self.add(hidden_states, attention)
+        in_bands = not self.training and works_in_bands(self.attn.config, hidden_states) and not has_hooks(self.attn)
+        attention, _ = self.attn(
+            hidden_states,
+            self.shift,
+            shift_mask,
+            before=lambda tokens: self.norm1(tokens),  # no module, which hooks of offloaded weights would move
+            after=self.add if in_bands else None,
+            **kwargs,
+        )
+        return attention if in_bands else self.add(hidden_states, attention)
 
     def add(self, hidden_states: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         """The block's output from its input and what attention gave, token by token."""

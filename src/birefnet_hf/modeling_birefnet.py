@@ -644,7 +644,7 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
         self.backbone = BiRefNetSwinBackbone(config) if config.is_swin else build_timm_backbone(config)
         if config.backbone.startswith("tf_efficientnet") and torch.get_default_dtype() == torch.bfloat16:
             # bfloat16, which is loaded or built then, is too coarse for an EfficientNet: with `nano`, alpha moves by more
-            # than 2/255 for a twentieth of the pixels of photographs, and in the decoder alone for one in four thousand.
+            # than 2/255 for a twentieth of the pixels of photographs, and in the decoder alone for less than a thousandth.
             self.backbone.float()
         squeeze_in_channels = channels[3] + sum(channels[3 - config.context_levels : 3])
         self.squeeze_module = nn.Sequential(
