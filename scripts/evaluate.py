@@ -194,8 +194,9 @@ def load_data(
     if arguments.cutouts:
         size = pipe.image_processor.size
         size = (size.height, size.width) if size.height else (size.longest_edge, size.longest_edge)
-        # Drawn structures would stand in for a part of the cut-outs that are to be measured.
-        compositor = Compositor(size, arguments.backgrounds, thin_probability=arguments.thin_probability)
+        # Drawn structures would stand in for a part of the cut-outs that are to be measured. The light is their own.
+        thin = arguments.thin_probability
+        compositor = Compositor(size, arguments.backgrounds, thin_probability=thin, hard_light_probability=0)
     skipped: list[BadSample] = []
     pairs = skipping(
         load_pairs,

@@ -376,8 +376,8 @@ def load_data(
     if arguments.cutouts:
         compositor = Compositor(size, arguments.backgrounds)
     if arguments.cutouts if arguments.validation_fraction else arguments.validation_cutouts:
-        # Drawn structures would stand in for a part of the cut-outs that are to be measured.
-        measuring = Compositor(size, arguments.backgrounds, thin_probability=0)
+        # Drawn structures would stand in for a part of the cut-outs that are to be measured. The light is their own.
+        measuring = Compositor(size, arguments.backgrounds, thin_probability=0, hard_light_probability=0)
     source = {
         "source": arguments.data,
         "masks": arguments.masks,

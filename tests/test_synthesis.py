@@ -142,6 +142,24 @@ def test_glass_shows_what_is_behind_it_and_is_foreground(tmp_path):
     assert np.median(contrast_inside(1)) > 2 * np.median(contrast_inside(0))
 
 
+def test_hard_light_changes_the_object_and_not_its_mask():
+    def compose(hard_light_probability, seed):
+        compositor = Compositor(
+            SIZE, max_objects=1, max_distractors=0, thin_probability=0, glass_probability=0, shadow_probability=0,
+            hard_light_probability=hard_light_probability,
+        )  # fmt: skip
+        image, mask = compositor(np.random.default_rng(seed), [disc()], 0)
+        return np.asarray(image.convert("L")).astype(float), np.asarray(mask)
+
+    spreads = {0: [], 1: []}
+    for seed in range(20):
+        (plain, mask), (lit, mask_lit) = compose(0, seed), compose(1, seed)
+        assert np.array_equal(mask, mask_lit)
+        spreads[0].append(plain[mask > 250].std())
+        spreads[1].append(lit[mask > 250].std())
+    assert np.median(spreads[1]) > 1.5 * np.median(spreads[0])
+
+
 def test_composites_follow_the_generator_alone(tmp_path):
     rng = np.random.default_rng(0)
     for name in ("a.jpg", "B.PNG", ".hidden.png", "notes.txt"):

@@ -609,8 +609,9 @@ def test_held_out_cutouts_are_not_composed_into_training_pictures(tmp_path):
     composing = [part.format["format_kwargs"]["transform"] for part in (training, validation)]
     sources = [{row["image"]["path"] for row in transform.cutouts.rows} for transform in composing]
     assert len(sources[0]) == 7 and len(sources[1]) == 3 and not sources[0] & sources[1]
-    # What is measured are the cut-outs, none of them replaced by a drawn structure.
-    assert composing[0].compositor.thin_probability > composing[1].compositor.thin_probability == 0
+    # What is measured are the cut-outs, none of them replaced by a drawn structure, in the light they came with.
+    for name in ("thin_probability", "hard_light_probability"):
+        assert getattr(composing[0].compositor, name) > getattr(composing[1].compositor, name) == 0
 
 
 def test_schedule():

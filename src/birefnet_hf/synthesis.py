@@ -409,6 +409,22 @@ def _blur_cutout(cutout: Image.Image, radius: float) -> Image.Image:
     return cutout.convert("RGBa").filter(ImageFilter.GaussianBlur(radius)).convert("RGBA")
 
 
+def _hard_light(rng: np.random.Generator, item: Image.Image) -> Image.Image:
+    """A shadow with an edge across an object, or reflections of lamps on it: what is black or white is still the object."""
+    shadow = rng.random() < 0.5
+    cells, level = (
+        (rng.integers(2, 6), rng.uniform(0.35, 0.65)) if shadow else (rng.integers(3, 12), rng.uniform(0.6, 0.85))
+    )
+    field = smooth_field(rng, (item.height, item.width), int(cells))
+    inside = np.clip((field - np.float32(level)) * np.float32(rng.uniform(2, 40)), 0, 1) * np.float32(
+        rng.uniform(0.4, 0.95)
+    )
+    lit = item.convert("RGB")
+    lit.paste((0, 0, 0) if shadow else (255, 255, 255), mask=Image.fromarray((inside * 255).astype(np.uint8)))
+    lit.putalpha(item.getchannel("A"))
+    return lit
+
+
 def _stand_out(item: Image.Image, canvas: Image.Image, coverage: Image.Image) -> Image.Image:
     """Moves an object's colour away from what it covers, where they are alike: a wire nobody sees teaches nothing."""
     own = np.array(ImageStat.Stat(item.convert("RGB"), item.getchannel("A")).mean)
@@ -499,6 +515,7 @@ class Compositor:
         max_distractors: most background cut-outs in one picture.
         thin_probability: chance of each foreground object to be a drawn thin structure instead of a cut-out.
         glass_probability: chance of each other foreground object to be of clear glass. All of it is foreground.
+        hard_light_probability: chance of each foreground cut-out to lie in a shadow in part, or to shine.
         shadow_probability: chance of each foreground object to cast a shadow. A shadow is not foreground.
 
     The photographs serve as the surface of many objects, too.
@@ -514,6 +531,7 @@ class Compositor:
     max_distractors: int = 4
     thin_probability: float = 0.2
     glass_probability: float = 0.04
+    hard_light_probability: float = 0.25
     shadow_probability: float = 0.5
 
     def __post_init__(self) -> None:
@@ -567,6 +585,8 @@ class Compositor:
                 left, top = corner
                 behind = canvas.crop((left, top, left + item.width, top + item.height))
                 item = _glass(rng, item, behind)
+            elif self.hard_light_probability and rng.random() < self.hard_light_probability:
+                item = _hard_light(rng, item)
             if rng.random() < self.shadow_probability:
                 canvas.paste((0, 0, 0), mask=_shadow(rng, coverage))
             canvas.paste(item, corner, mask=item)
