@@ -11,7 +11,10 @@ r"""Measures latency, memory and accuracy, each row in a fresh process, and prin
     python scripts/benchmark.py train --backbone swin_v1_t --sizes 512 --batch-size 2 --reference BiRefNet \
         --backends eager checkpointing
 
-Weights are random, with deformable convolutions that do displace. Rounds alternate between the rows, each in a process
+    # The network that ships with the package:
+    python scripts/benchmark.py --model nano --sizes 512 --reference BiRefNet
+
+Without --model weights are random, with deformable convolutions that do displace. Rounds alternate between the rows, each in a process
 of its own, so that the load of a busy machine falls on all; the median and the minimum over all runs are given, after a
 first one that does not count (compilation is part of that; `--no-warm-up` counts it). CPU seconds are the minimum over
 all runs, too: on a busy machine, compare these, with `--threads 1`. Peak memory is the process's. The difference is that
@@ -30,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +42,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
+from safetensors.torch import load_file
 
 from birefnet_hf import (
     BiRefNetConfig,
@@ -46,6 +51,8 @@ from birefnet_hf import (
     modeling_birefnet,
     ops_birefnet,
 )
+from birefnet_hf.backbone_timm_birefnet import build_timm_backbone
+from birefnet_hf.checkpoints_birefnet import resolve_checkpoint
 from birefnet_hf.loss_birefnet import BiRefNetLoss
 from birefnet_hf.onnx_birefnet import ONNX_FILE_NAMES, BiRefNetOnnxForImageSegmentation
 
@@ -55,47 +62,59 @@ Row = dict[str, Any]
 RUNTIMES = ("onnxruntime", "openvino")
 
 
-def build_config(row: Row) -> BiRefNetConfig:
-    return BiRefNetConfig(**row["settings"], loss_task="dis")
+def write_model(model: str | None, settings: dict[str, Any], folder: Path) -> None:
+    """Writes the network that all rows measure: a checkpoint's, or a random one with these settings."""
+    if model is not None:
+        network = BiRefNetForImageSegmentation.from_pretrained(resolve_checkpoint(model), dtype=torch.float32)
+    else:
+        torch.manual_seed(0)
+        network = BiRefNetForImageSegmentation(BiRefNetConfig(**settings))
+        displace(network)
+    network.save_pretrained(folder)
 
 
 def build_model(row: Row) -> BiRefNetForImageSegmentation:
-    config = build_config(row)
-    weights = Path(row["weights"])
-    if weights.is_file():
-        model = BiRefNetForImageSegmentation.from_pretrained(None, config=config, state_dict=torch.load(weights))
-    else:  # no reference, whose weights would have to be shared
-        torch.manual_seed(0)
-        model = BiRefNetForImageSegmentation(config)
-        displace(model)
+    model = BiRefNetForImageSegmentation.from_pretrained(row["model"])
     model.criterion = BiRefNetLoss("dis", reference=True)
     return model
 
 
 def build_reference(row: Row) -> torch.nn.Module:
-    """The reference's network, from the checkout, with the settings of `row`."""
+    """The reference's network, from the checkout, with the settings and weights of the row's.
+
+    What the reference has no settings for comes with the weights: channel counts, and the backbone of `nano`.
+    """
     sys.path.insert(0, row["reference"])
     import config as reference_config
 
-    ours = build_config(row)
+    ours = BiRefNetConfig.from_pretrained(row["model"])
     channels = list(reversed(ours.feature_channels))
     original = reference_config.Config.__init__
 
     def configure(self) -> None:
         original(self)
-        self.bb, self.lateral_channels_in_collection = row["settings"]["backbone"], channels
+        if ours.backbone != "tf_efficientnet_lite0":
+            self.bb = ours.backbone
+        else:
+            self.bb = "resnet50"  # of four parts that are called in turn, too
+        self.lateral_channels_in_collection = channels
         self.cxt = channels[1:][::-1][-self.cxt_num :]
 
     reference_config.Config.__init__ = configure
-    from models.birefnet import BiRefNet
+    from models import birefnet
+    from models.modules import aspp
 
-    torch.manual_seed(0)
-    model = BiRefNet(bb_pretrained=False)
-    weights = Path(row["weights"])
-    if weights.is_file():
-        model.load_state_dict(torch.load(weights))
-    else:
-        displace(model)
+    aspp.ASPPDeformable.__init__.__defaults__ = (None, list(ours.deformable_kernel_sizes))
+    if ours.backbone == "tf_efficientnet_lite0":
+        parts = {f"conv{number}": part for number, part in enumerate(build_timm_backbone(ours).stages, start=1)}
+        birefnet.build_backbone = lambda *args, **kwargs: torch.nn.Sequential(OrderedDict(parts))
+    model = birefnet.BiRefNet(bb_pretrained=False)
+    weights = load_file(Path(row["model"]) / "model.safetensors")
+    for name, tensor in model.state_dict().items():
+        owner, _, part = name.rpartition(".")
+        if weights[name].shape != tensor.shape:
+            setattr(model.get_submodule(owner), part, type(getattr(model.get_submodule(owner), part))(weights[name]))
+    model.load_state_dict(weights)
     return model
 
 
@@ -239,6 +258,7 @@ def print_table(rows: Sequence[Row]) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", nargs="?", choices=("inference", "train"), default="inference")
+    parser.add_argument("--model", help="Hub id, alias or directory; without it: random weights, and these two")
     parser.add_argument("--backbone", default="swin_v1_t", help="name as in BiRefNetConfig")
     parser.add_argument("--settings", type=json.loads, default={}, help="JSON of further BiRefNetConfig settings")
     parser.add_argument("--reference", type=Path, help="checkout of ZhengPeng7/BiRefNet, to be measured too")
@@ -274,18 +294,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.reference is not None and not (args.reference / "models" / "birefnet.py").is_file():
         raise SystemExit(f"--reference {args.reference} holds no models/birefnet.py: give a checkout of BiRefNet.")
     with tempfile.TemporaryDirectory() as folder:
+        write_model(args.model, {"backbone": args.backbone} | args.settings, Path(folder) / "model")
         common = {
             "task": args.task,
-            "settings": {"backbone": args.backbone} | args.settings,
-            "weights": str(Path(folder) / "weights.pt"),
+            "model": str(Path(folder) / "model"),
             "reference": str(args.reference.resolve()) if args.reference else None,
             "batch_size": args.batch_size,
             "repeats": args.repeats,
             "warm_up": args.warm_up,
             "threads": args.threads,
         }
-        if args.reference is not None:
-            torch.save(build_reference(common).state_dict(), common["weights"])
         baseline = "reference" if args.reference else "torchvision"
         rows = []
         for size in args.sizes:
@@ -312,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_table(rows)
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     if args.json is not None:
-        hidden = ("weights", "output", "exported", "reference")
+        hidden = ("model", "output", "exported", "reference")
         content = {**machine, "rows": [{k: v for k, v in row.items() if k not in hidden} for row in rows]}
         args.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
     return 0

@@ -1,5 +1,6 @@
 """Swin against loops written out, and the backbones that timm builds."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -215,6 +216,48 @@ def test_timm_backbones_give_the_declared_maps(backbone):
         (2, channels, 64 // stride, 96 // stride)
         for channels, stride in zip(config.backbone_channels, strides, strict=True)
     ]
+
+
+@pytest.fixture(scope="module")
+def efficientnet() -> nn.Module:
+    backbone = build_timm_backbone(BiRefNetConfig(backbone="tf_efficientnet_lite0"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for norm in (module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)):
+            for tensor, start in ((norm.weight, 1), (norm.bias, 0), (norm.running_mean, 0), (norm.running_var, 1)):
+                tensor.copy_(start + 0.3 * torch.rand(tensor.shape, generator=generator))
+    return backbone.eval()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 32), (70, 41), (33, 132)])
+def test_fused_convolutions(efficientnet, size):
+    image = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    expected = copy.deepcopy(efficientnet).double()(image.double())  # layer by layer
+    with torch.no_grad():
+        assert efficientnet.is_fusable(image)
+        fused = efficientnet(image)
+    for one, other in zip(fused, expected, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() < 1e-5 * other.abs().max()
+
+
+def test_what_is_watched_or_changed_is_not_fused(efficientnet):
+    image, seen = torch.randn(1, 3, 64, 64), []
+    block = efficientnet.stages[1][0][0]
+    assert not efficientnet.is_fusable(image)  # with gradients
+    with torch.no_grad():
+        hook = block.conv_dw.register_forward_hook(lambda *_: seen.append(True))
+        efficientnet(image)
+        hook.remove()
+        assert seen and efficientnet.is_fusable(image)
+        block.bn1.train()
+        assert not efficientnet.is_fusable(image)
+        block.bn1.eval()
+        conv, block.conv_pw = block.conv_pw, nn.Sequential(block.conv_pw)  # as adapters wrap it
+        block.conv_pw.__class__ = type("Adapter", (nn.Sequential,), {})
+        assert not efficientnet.is_fusable(image)
+        block.conv_pw = conv
+        assert efficientnet.is_fusable(image) and not efficientnet.is_fusable(image.double())
 
 
 def test_pvt_says_which_images_are_too_small():

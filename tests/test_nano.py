@@ -69,6 +69,7 @@ def test_bfloat16_with_the_backbone_on_disk(tmp_path):
     offloaded = BiRefNetForImageSegmentation.from_pretrained(
         NANO, dtype=torch.bfloat16, device_map=modules, offload_folder=tmp_path
     )
+    whole.backbone.fusable_kinds = set()  # layer by layer, as it goes from the disk
     with torch.no_grad():
         assert torch.equal(offloaded(pixel_values).logits, whole(pixel_values).logits)
     assert {buffer.dtype for name, buffer in whole.named_buffers() if "num_batches" in name} == {torch.int64}

@@ -6,6 +6,7 @@ from transformers import GradientCheckpointingLayer
 from transformers.utils import is_timm_available
 
 from .configuration_birefnet import BiRefNetConfig
+from .ops_birefnet import has_hooks, is_plain_inference, onednn_takes
 
 
 # Name in timm, and for the plain ViTs the blocks whose outputs are the four maps (models/backbones/dino_v3.py upstream).
@@ -119,6 +120,35 @@ class BiRefNetDinoV3Backbone(nn.Module):
         )
 
 
+def conv_norm_act(feature_map: torch.Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> torch.Tensor:
+    """`norm(conv(feature_map))` in evaluation mode as one convolution of oneDNN's, for inference on a CPU.
+
+    Args:
+        feature_map: (B, C, H, W); fastest in channels-last order, which the output then has, too.
+        conv: without bias and dilation; zeros around it as its own padding says, or as TensorFlow has them (`Conv2dSame`).
+        norm: timm's `BatchNormAct2d`, which ends in ReLU6 or in nothing.
+    """
+    padding, outputs = list(conv.padding), [slice(None), slice(None)]
+    if type(conv) is not nn.Conv2d:
+        for axis, (kernel_size, stride) in enumerate(zip(conv.kernel_size, conv.stride, strict=True)):
+            size = feature_map.shape[2 + axis]
+            length = -(-size // stride)
+            total = max((length - 1) * stride + kernel_size - size, 0)
+            padding[axis] = total // 2
+            if total % 2:  # one more at the end: pad by a whole step more on both sides and leave out what that adds
+                padding[axis] += stride
+                outputs[axis] = slice(1, 1 + length)
+    dtype = torch.promote_types(conv.weight.dtype, torch.float32)
+    scale = norm.weight * (norm.running_var.to(dtype) + norm.eps).rsqrt()
+    weight = (conv.weight * scale[:, None, None, None]).to(conv.weight.dtype, memory_format=torch.channels_last)
+    bias = (norm.bias - norm.running_mean * scale).to(conv.weight.dtype)
+    activation = ("hardtanh", [0.0, 6.0]) if isinstance(norm.act, nn.ReLU6) else ("none", [])
+    output = torch.ops.mkldnn._convolution_pointwise(
+        feature_map, weight, bias, padding, conv.stride, conv.dilation, conv.groups, *activation, ""
+    )
+    return output[:, :, *outputs]
+
+
 class BiRefNetConvBackbone(nn.Module):
     """ResNet-50, VGG-16 or EfficientNet-Lite0 (Tan & Le, arXiv 1905.11946, without squeeze and excitation), in four stages.
 
@@ -142,13 +172,43 @@ class BiRefNetConvBackbone(nn.Module):
             self.stages = nn.ModuleList(
                 model.features[start:end] for start, end in zip(starts, pools[1:], strict=True)
             )
+        # What `run_fused` knows. Adapters and quantised layers, which may come later, are called.
+        is_known = config.backbone == "tf_efficientnet_lite0"
+        self.fusable_kinds = {type(module) for module in self.stages.modules()} if is_known else set()
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> list[torch.Tensor]:
         """(B, 3, H, W) → four maps (B, C_i, H/4.., W/4..), fine to coarse."""
+        is_fusable = self.is_fusable(pixel_values)
         feature_maps = [pixel_values]
         for stage in self.stages:
-            feature_maps.append(stage(feature_maps[-1]))
+            feature_map = feature_maps[-1]
+            feature_maps.append(self.run_fused(stage, feature_map) if is_fusable else stage(feature_map))
         return feature_maps[1:]
+
+    def is_fusable(self, pixel_values: torch.Tensor) -> bool:
+        """Whether `run_fused` does the same as the stages themselves, but faster."""
+        if not self.fusable_kinds or not is_plain_inference(pixel_values) or not onednn_takes(pixel_values.dtype):
+            return False
+        return all(
+            type(module) in self.fusable_kinds and not module.training and not has_hooks(module)
+            for module in self.stages.modules()
+        ) and all(
+            type(parameter) is nn.Parameter and not parameter.is_meta and parameter.dtype == pixel_values.dtype
+            for parameter in self.stages.parameters()
+        )
+
+    @staticmethod
+    def run_fused(part: nn.Module, feature_map: torch.Tensor) -> torch.Tensor:
+        """What a stage of EfficientNet-Lite, or a part of one, makes of a map, each convolution with what follows it."""
+        output = feature_map.contiguous(memory_format=torch.channels_last)
+        for child in part.children():
+            if isinstance(child, nn.Conv2d):
+                conv = child
+            elif isinstance(child, nn.BatchNorm2d):
+                output = conv_norm_act(output, conv, child)
+            else:  # a block, several, or nothing: then it has no children
+                output = BiRefNetConvBackbone.run_fused(child, output)
+        return feature_map + output if getattr(part, "has_skip", False) else output
 
 
 def build_timm_backbone(config: BiRefNetConfig) -> nn.Module:

@@ -122,17 +122,17 @@ def _fused_linear(
     activation: Literal["none", "gelu", "relu"],
 ) -> torch.Tensor:
     """`linear` with tensors instead of a layer, for inference on a CPU."""
-    if _onednn_takes(weight.dtype):
+    if onednn_takes(weight.dtype):
         return torch.ops.mkldnn._linear_pointwise(hidden_states, weight, bias, activation, [], "none")
     output = F.linear(hidden_states, weight, bias)
     return output if activation == "none" else getattr(F, activation)(output)
 
 
-def _onednn_takes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's linear layer, which PyTorch has for its compiler, is there for this precision."""
+def onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's fused layers, which PyTorch has for its compiler, are there for this precision."""
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -415,6 +415,7 @@ __all__ = [
     "has_hooks",
     "is_plain_inference",
     "is_plain_linear",
+    "onednn_takes",
     "linear",
     "linear_after",
 ]
