@@ -14,12 +14,12 @@ r"""Measures latency, memory and accuracy, each row in a fresh process, and prin
     # The network that ships with the package:
     python scripts/benchmark.py --model nano --sizes 512 --reference BiRefNet
 
-Without --model weights are random, with deformable convolutions that do displace. Rounds alternate between the rows, each in a process
-of its own, so that the load of a busy machine falls on all; the median and the minimum over all runs are given, after a
-first one that does not count (compilation is part of that; `--no-warm-up` counts it). CPU seconds are the minimum over
-all runs, too: on a busy machine, compare these, with `--threads 1`. Peak memory is the process's. The difference is that
-of the logits from the first row's of the same size: the reference's where a checkout is given, else those of
-this package without its fast paths, in float32.
+Without --model weights are random, with deformable convolutions that do displace. Rounds alternate between the rows,
+each in a process of its own, so that the load of a busy machine falls on all; the median and the minimum over all runs
+are given, after a first one that does not count (compilation is part of that; `--no-warm-up` counts it). CPU seconds are
+the minimum over all runs, too: on a busy machine, compare these, with `--threads 1`. Peak memory is the process's. The
+difference is that of the logits from the first row's of the same size: the reference's where a checkout is given, else
+those of this package without its fast paths, in float32.
 """
 
 import argparse
@@ -48,10 +48,10 @@ from birefnet_hf import (
     BiRefNetConfig,
     BiRefNetForImageSegmentation,
     backbone_swin_birefnet,
+    backbone_timm_birefnet,
     modeling_birefnet,
     ops_birefnet,
 )
-from birefnet_hf.backbone_timm_birefnet import build_timm_backbone
 from birefnet_hf.checkpoints_birefnet import resolve_checkpoint
 from birefnet_hf.loss_birefnet import BiRefNetLoss
 from birefnet_hf.onnx_birefnet import ONNX_FILE_NAMES, BiRefNetOnnxForImageSegmentation
@@ -89,14 +89,13 @@ def build_reference(row: Row) -> torch.nn.Module:
 
     ours = BiRefNetConfig.from_pretrained(row["model"])
     channels = list(reversed(ours.feature_channels))
+    is_foreign = ours.backbone == "tf_efficientnet_lite0"
     original = reference_config.Config.__init__
 
     def configure(self) -> None:
         original(self)
-        if ours.backbone != "tf_efficientnet_lite0":
-            self.bb = ours.backbone
-        else:
-            self.bb = "resnet50"  # of four parts that are called in turn, too
+        # ResNet-50 is of four parts that are called in turn, too.
+        self.bb = "resnet50" if is_foreign else ours.backbone
         self.lateral_channels_in_collection = channels
         self.cxt = channels[1:][::-1][-self.cxt_num :]
 
@@ -105,15 +104,20 @@ def build_reference(row: Row) -> torch.nn.Module:
     from models.modules import aspp
 
     aspp.ASPPDeformable.__init__.__defaults__ = (None, list(ours.deformable_kernel_sizes))
-    if ours.backbone == "tf_efficientnet_lite0":
-        parts = {f"conv{number}": part for number, part in enumerate(build_timm_backbone(ours).stages, start=1)}
+    if is_foreign:
+        parts = {
+            f"conv{number}": part
+            for number, part in enumerate(backbone_timm_birefnet.build_timm_backbone(ours).stages, start=1)
+        }
         birefnet.build_backbone = lambda *args, **kwargs: torch.nn.Sequential(OrderedDict(parts))
     model = birefnet.BiRefNet(bb_pretrained=False)
-    weights = load_file(Path(row["model"]) / "model.safetensors")
-    for name, tensor in model.state_dict().items():
-        owner, _, part = name.rpartition(".")
+    own = model.state_dict()
+    weights = own | load_file(Path(row["model"]) / "model.safetensors")  # the reference saves constants, too
+    for name, tensor in own.items():
         if weights[name].shape != tensor.shape:
-            setattr(model.get_submodule(owner), part, type(getattr(model.get_submodule(owner), part))(weights[name]))
+            owner, _, part = name.rpartition(".")
+            module = model.get_submodule(owner)
+            setattr(module, part, type(getattr(module, part))(weights[name]))
     model.load_state_dict(weights)
     return model
 
@@ -162,7 +166,7 @@ def measure(row: Row) -> Row:
     if backend == "torchvision":
         choose = ops_birefnet.deform_conv2d.__defaults__
         ops_birefnet.deform_conv2d.__defaults__ = (*choose[:-1], "torchvision")
-        for module in (ops_birefnet, modeling_birefnet, backbone_swin_birefnet):
+        for module in (ops_birefnet, modeling_birefnet, backbone_swin_birefnet, backbone_timm_birefnet):
             module.is_plain_inference = lambda feature_map: False
     torch.set_num_threads(row["threads"])
     if backend in RUNTIMES:

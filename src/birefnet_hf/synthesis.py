@@ -412,15 +412,15 @@ def _blur_cutout(cutout: Image.Image, radius: float) -> Image.Image:
 def _hard_light(rng: np.random.Generator, item: Image.Image) -> Image.Image:
     """A shadow with an edge across an object, or reflections of lamps on it: what is black or white is still the object."""
     shadow = rng.random() < 0.5
-    cells, level = (
-        (rng.integers(2, 6), rng.uniform(0.35, 0.65)) if shadow else (rng.integers(3, 12), rng.uniform(0.6, 0.85))
-    )
+    if shadow:
+        cells, level, colour = rng.integers(2, 6), rng.uniform(0.35, 0.65), (0, 0, 0)
+    else:
+        cells, level, colour = rng.integers(3, 12), rng.uniform(0.6, 0.85), (255, 255, 255)
     field = smooth_field(rng, (item.height, item.width), int(cells))
-    inside = np.clip((field - np.float32(level)) * np.float32(rng.uniform(2, 40)), 0, 1) * np.float32(
-        rng.uniform(0.4, 0.95)
-    )
+    inside = np.clip((field - np.float32(level)) * np.float32(rng.uniform(2, 40)), 0, 1)
+    strength = rng.uniform(0.4, 0.95)
     lit = item.convert("RGB")
-    lit.paste((0, 0, 0) if shadow else (255, 255, 255), mask=Image.fromarray((inside * 255).astype(np.uint8)))
+    lit.paste(colour, mask=Image.fromarray((inside * (255 * strength)).astype(np.uint8)))
     lit.putalpha(item.getchannel("A"))
     return lit
 
