@@ -54,7 +54,7 @@ nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIA
 	$(BIN)/python scripts/nano/mean.py runs/nano/settled runs/nano/sharper-mean runs/nano/settled-mean
 	$(BIN)/python scripts/train.py --config scripts/nano/rooms.yaml $(NANO_DATA) \
 		--backgrounds runs/nano/backgrounds-with-rooms --model runs/nano/settled-mean --output-dir runs/nano/rooms
-	$(BIN)/python scripts/nano/mean.py runs/nano/rooms runs/nano/settled-mean runs/nano/rooms-mean
+	$(BIN)/python scripts/nano/mean.py $(addprefix runs/nano/,rooms settled-mean renderings-mean rooms-mean)
 	$(BIN)/python scripts/nano/pack.py runs/nano/rooms-mean \
 		$(addprefix runs/nano/,small large longer photos detail renderings sharper settled rooms)
 
