@@ -74,7 +74,7 @@ def write_model(model: str | None, settings: dict[str, Any], folder: Path) -> No
 
 
 def build_model(row: Row) -> BiRefNetForImageSegmentation:
-    model = BiRefNetForImageSegmentation.from_pretrained(row["model"])
+    model = BiRefNetForImageSegmentation.from_pretrained(row["model"], dtype=getattr(torch, row["dtype"]))
     model.criterion = BiRefNetLoss("dis", reference=True)
     return model
 
@@ -179,7 +179,6 @@ def measure(row: Row) -> Row:
     shape = (row["batch_size"], 3, row["size"], row["size"])
     dtype = getattr(torch, row["dtype"])
     image = torch.randn(shape, generator=generator).to(dtype)
-    model = model.to(dtype)
     if backend == "compile":
         model.compile()
     elif backend == "checkpointing":
