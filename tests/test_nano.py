@@ -1,8 +1,10 @@
 """The trained network that ships with the package."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from transformers import pipeline
@@ -73,6 +75,14 @@ def test_bfloat16_with_the_backbone_on_disk(tmp_path):
     with torch.no_grad():
         assert torch.equal(offloaded(pixel_values).logits, whole(pixel_values).logits)
     assert {buffer.dtype for name, buffer in whole.named_buffers() if "num_batches" in name} == {torch.int64}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what is mapped")
+def test_a_loaded_file_is_let_go(tmp_path):
+    folder = shutil.copytree(NANO, tmp_path / "copy")
+    model = BiRefNetForImageSegmentation.from_pretrained(folder, dtype=torch.float32)  # the file is in float16
+    assert model.backbone.stages[0][1].num_batches_tracked > 0
+    assert str(folder) not in Path("/proc/self/maps").read_text(encoding="utf-8")
 
 
 def test_an_empty_scene_gives_no_object():

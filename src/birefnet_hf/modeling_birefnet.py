@@ -619,6 +619,11 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             **kwargs,
         )
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                # Counters are not cast. As they come from the file, each would keep all of it mapped into memory.
+                if buffer is not None and not buffer.is_floating_point() and not buffer.is_meta:
+                    module._buffers[name] = buffer.clone()
         missing = sorted(info["missing_keys"])
         if missing and not ignore_mismatched_sizes and kwargs.get("state_dict") is None:
             unexpected = sorted(info["unexpected_keys"])
