@@ -25,6 +25,7 @@ from birefnet_hf.modeling_birefnet import (
     resize,
     stack_patches,
 )
+from birefnet_hf.ops_birefnet import scale_and_shift
 
 
 # One step away from the tiny network in every direction.
@@ -268,7 +269,7 @@ def test_folded_batch_norm_is_not_rounded(dtype):
         if tensor.is_floating_point():
             tensor.uniform_(0.5, 4, generator=generator)
     norm.to(dtype)
-    scale, shift = norm.scale_and_shift()
+    scale, shift = scale_and_shift(norm)
     values = 4 * torch.rand(64, 16, 1, 1, generator=generator)
     expected = norm.float()(values)  # of the same, rounded, weights
     torch.testing.assert_close(values * scale[:, None, None] + shift[:, None, None], expected, rtol=1e-5, atol=1e-5)

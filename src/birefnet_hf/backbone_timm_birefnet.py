@@ -6,7 +6,7 @@ from transformers import GradientCheckpointingLayer
 from transformers.utils import is_timm_available
 
 from .configuration_birefnet import BiRefNetConfig
-from .ops_birefnet import has_hooks, is_plain_inference, onednn_takes
+from .ops_birefnet import has_hooks, is_plain_inference, onednn_takes, scale_and_shift
 
 
 # Name in timm, and for the plain ViTs the blocks whose outputs are the four maps (models/backbones/dino_v3.py upstream).
@@ -138,13 +138,11 @@ def conv_norm_act(feature_map: torch.Tensor, conv: nn.Conv2d, norm: nn.BatchNorm
             if total % 2:  # one more at the end: pad by a whole step more on both sides and leave out what that adds
                 padding[axis] += stride
                 outputs[axis] = slice(1, 1 + length)
-    dtype = torch.promote_types(conv.weight.dtype, torch.float32)
-    scale = norm.weight * (norm.running_var.to(dtype) + norm.eps).rsqrt()
+    scale, shift = scale_and_shift(norm)
     weight = (conv.weight * scale[:, None, None, None]).to(conv.weight.dtype, memory_format=torch.channels_last)
-    bias = (norm.bias - norm.running_mean * scale).to(conv.weight.dtype)
     activation = ("hardtanh", [0.0, 6.0]) if isinstance(norm.act, nn.ReLU6) else ("none", [])
     output = torch.ops.mkldnn._convolution_pointwise(
-        feature_map, weight, bias, padding, conv.stride, conv.dilation, conv.groups, *activation, ""
+        feature_map, weight, shift.to(weight.dtype), padding, conv.stride, conv.dilation, conv.groups, *activation, ""
     )
     return output[:, :, *outputs]
 

@@ -21,7 +21,7 @@ from .backbone_timm_birefnet import build_timm_backbone
 from .configuration_birefnet import BiRefNetConfig
 from .conversion_birefnet import IGNORED_TENSORS
 from .loss_birefnet import BiRefNetLoss
-from .ops_birefnet import add_projected_deform_conv2d, deform_conv2d, is_plain_inference
+from .ops_birefnet import add_projected_deform_conv2d, deform_conv2d, has_hooks, is_plain_inference, scale_and_shift
 
 
 logger = logging.get_logger(__name__)
@@ -125,12 +125,6 @@ class BiRefNetBatchNorm2d(nn.BatchNorm2d):
             )
         return super().forward(hidden_states)
 
-    def scale_and_shift(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What it multiplies by and adds in evaluation mode, each (channels,), float32 at least: they are differences."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        scale = self.weight * (self.running_var.to(dtype) + self.eps).rsqrt()
-        return scale, self.bias - self.running_mean * scale
-
 
 class BiRefNetModulatedConv2d(nn.Conv2d):
     """A convolution that samples its input at displaced and modulated positions, see `deform_conv2d`."""
@@ -151,8 +145,7 @@ def is_plain(*modules: nn.Module) -> bool:
         type(module) in kinds
         and type(module.weight) is nn.Parameter
         and not module.weight.is_meta
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
+        and not has_hooks(module)
         for module in modules
     )
 
@@ -339,7 +332,7 @@ class BiRefNetASPP(nn.Module):
         dtype = torch.promote_types(total.dtype, torch.float32)
         rows = total.to(dtype).flatten(1)[:, None].repeat(1, height * width, 1)  # (B, H * W, out_channels)
         for branch, kernel in zip((self.pointwise_branch, *self.deformable_branches), kernels, strict=True):
-            scale, shift = branch.norm.scale_and_shift()
+            scale, shift = scale_and_shift(branch.norm)
             weight = (branch.conv.regular_conv.weight * scale[:, None, None, None]).to(kernel.dtype)
             offset, modulator = branch.conv.displacement(hidden_states)
             add_projected_deform_conv2d(

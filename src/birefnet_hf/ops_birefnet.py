@@ -137,6 +137,13 @@ def onednn_takes(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """What it multiplies by and adds in evaluation mode, each (channels,), float32 at least: they are differences."""
+    dtype = torch.promote_types(norm.weight.dtype, torch.float32)
+    scale = norm.weight * (norm.running_var.to(dtype) + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
 def linear_after(
     layer: nn.Module, before: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.Tensor
 ) -> torch.Tensor:
@@ -415,7 +422,8 @@ __all__ = [
     "has_hooks",
     "is_plain_inference",
     "is_plain_linear",
-    "onednn_takes",
     "linear",
     "linear_after",
+    "onednn_takes",
+    "scale_and_shift",
 ]
