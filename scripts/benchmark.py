@@ -14,15 +14,22 @@ r"""Measures latency, memory and accuracy, each row in a fresh process, and prin
     # The network that ships with the package:
     python scripts/benchmark.py --model nano --sizes 512 --reference BiRefNet
 
+    # On a GPU, where the checkout is measured in every way that this package is:
+    python scripts/benchmark.py --device cuda --backbone swin_v1_l --sizes 1024 --dtypes float16 --repeats 20 \
+        --backends eager compile reduce-overhead --reference BiRefNet
+
 Without --model weights are random, with deformable convolutions that do displace. Rounds alternate between the rows,
 each in a process of its own, so that the load of a busy machine falls on all; the median and the minimum over all runs
 are given, after a first one that does not count (compilation is part of that; `--no-warm-up` counts it). CPU seconds are
-the minimum over all runs, too: on a busy machine, compare these, with `--threads 1`. Peak memory is the process's. The
+the minimum over all runs, too: on a busy machine, compare these, with `--threads 1`. Peak memory is the process's, on a
+GPU what its allocator held. There all processes start at once, since compiling takes minutes, and are timed one by one.
+The checkout in bfloat16 is float32 under autocast, since torchvision's deformable convolution lacks bfloat16. The
 difference is that of the logits from the first row's of the same size: the reference's where a checkout is given, else
 those of this package without its fast paths, in float32.
 """
 
 import argparse
+import contextlib
 import copy
 import itertools
 import json
@@ -60,6 +67,7 @@ from birefnet_hf.onnx_birefnet import ONNX_FILE_NAMES, BiRefNetOnnxForImageSegme
 Row = dict[str, Any]
 
 RUNTIMES = ("onnxruntime", "openvino")
+COMPILE_MODES = {"compile": "default", "reduce-overhead": "reduce-overhead"}
 
 
 def write_model(model: str | None, settings: dict[str, Any], folder: Path) -> None:
@@ -161,78 +169,148 @@ def export(row: Row) -> Row:
 
 def measure(row: Row) -> Row:
     """What a fresh process does for one row: times `repeats` runs, after a first one unless that is to count."""
-    backend = row["backend"]
-    is_reference = backend == "reference"
+    backend, device = row["backend"], torch.device(row["device"])
+    is_reference = row["is_reference"]
     if backend == "torchvision":
         choose = ops_birefnet.deform_conv2d.__defaults__
         ops_birefnet.deform_conv2d.__defaults__ = (*choose[:-1], "torchvision")
         for module in (ops_birefnet, modeling_birefnet, backbone_swin_birefnet, backbone_timm_birefnet):
             module.is_plain_inference = lambda feature_map: False
     torch.set_num_threads(row["threads"])
+    dtype = getattr(torch, row["dtype"])
+    precision = contextlib.nullcontext()
     if backend in RUNTIMES:
         model = BiRefNetOnnxForImageSegmentation.from_pretrained(
             row["exported"], runtime=backend, num_threads=row["threads"]
         )
+    elif is_reference:
+        model = build_reference(row).to(device)
+        if dtype == torch.bfloat16:
+            precision, dtype = torch.autocast(device.type, dtype), torch.float32
+        model.to(dtype)
     else:
-        model = build_reference(row) if is_reference else build_model(row)
+        model = build_model(row).to(device)
     generator = torch.Generator().manual_seed(1)
     shape = (row["batch_size"], 3, row["size"], row["size"])
-    dtype = getattr(torch, row["dtype"])
-    image = torch.randn(shape, generator=generator).to(dtype)
-    if backend == "compile":
-        model.compile()
+    image = torch.randn(shape, generator=generator).to(device, dtype)
+    if backend in COMPILE_MODES:
+        model.compile(mode=COMPILE_MODES[backend])
     elif backend == "checkpointing":
         model.activation_checkpointing_enable()
 
     if row["task"] == "train":
-        labels = (torch.rand(shape[0], 1, *shape[2:], generator=generator) > 0.5).to(dtype)
+        if row["autocast"]:
+            precision = torch.autocast(device.type, torch.bfloat16)
+        labels = (torch.rand(shape[0], 1, *shape[2:], generator=generator) > 0.5).to(device, dtype)
         optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-5)
         loss_of = reference_loss(model) if is_reference else lambda image, labels: model(image, labels=labels).loss
 
         def step() -> torch.Tensor | None:
             optimizer.zero_grad()
-            loss_of(image, labels).backward()
+            with precision:
+                loss = loss_of(image, labels)
+            loss.backward()
             optimizer.step()
     else:
         model.eval()
 
         @torch.inference_mode()
         def step() -> torch.Tensor | None:
-            return model(image)[-1] if is_reference else model(image).logits
+            with precision:
+                return model(image)[-1] if is_reference else model(image).logits
 
-    if row["warm_up"]:
+    if backend == "graph":
+        step = record_graph(step)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(row["warm_up"]):
         step()
+    wait()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        print("ready", flush=True)
+        sys.stdin.readline()
     seconds, cpu_seconds = [], []
     for _ in range(row["repeats"]):
         start, cpu_start = time.perf_counter(), time.process_time()
         output = step()
+        wait()
         seconds.append(time.perf_counter() - start)
         cpu_seconds.append(time.process_time() - cpu_start)
     if output is not None:
-        torch.save(output.float(), row["output"])
-    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_gb": peak_gb}
+        torch.save(output.float().cpu(), row["output"])
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cuda":
+        peak_bytes = torch.cuda.max_memory_reserved()
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_gb": peak_bytes / 1e9}
 
 
-def run_in_fresh_process(row: Row) -> Row:
-    command = [sys.executable, __file__, "--worker", json.dumps(row)]
-    finished = subprocess.run(command, capture_output=True, text=True)
-    if finished.returncode:
-        raise RuntimeError(f"Row {row['backend']} {row['dtype']} {row['size']} failed:\n{finished.stderr[-2000:]}")
-    return json.loads(finished.stdout.splitlines()[-1])
+def record_graph(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """A function that replays the kernels of `step`, without the time that launching each takes."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = step()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
+class Worker:
+    """A fresh process for one row."""
+
+    def __init__(self, row: Row):
+        self.row = row
+        self.errors = tempfile.TemporaryFile("w+", encoding="utf-8")
+        command = [sys.executable, __file__, "--worker", json.dumps(row)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True)
+
+    def wait_until_ready(self) -> None:
+        while line := self.process.stdout.readline():
+            if line.strip() == "ready":
+                return
+
+    def finish(self) -> Row:
+        output, _ = self.process.communicate("go\n")
+        if self.process.returncode:
+            self.errors.seek(0)
+            name = " ".join(str(self.row[key]) for key in ("backend", "dtype", "size"))
+            raise RuntimeError(f"Row {name} failed:\n{self.errors.read()[-2000:]}")
+        return json.loads(output.splitlines()[-1])
 
 
 def run_rows(rows: Sequence[Row], rounds: int) -> list[Row]:
     """Measures all rows `rounds` times in turn, and adds the results to them."""
     for row in rows:
         if row["backend"] in RUNTIMES and not Path(row["exported"]).is_dir():
-            run_in_fresh_process(row | {"task": "export"})
+            Worker(row | {"task": "export"}).finish()
     for _ in range(rounds):
-        for row in rows:
-            result = run_in_fresh_process(row)
+        workers = map(Worker, rows)
+        if rows[0]["device"] == "cuda":
+            workers = list(workers)
+            for worker in workers:
+                worker.wait_until_ready()
+        for row, worker in zip(rows, workers, strict=True):
+            result = worker.finish()
             for name in ("seconds", "cpu_seconds"):
                 row[name] = row.get(name, []) + result[name]
             row["peak_gb"] = max(row.get("peak_gb", 0), result["peak_gb"])
+    summarize(rows)
+    return list(rows)
+
+
+def summarize(rows: Sequence[Row]) -> None:
+    """Adds the figures of the table to rows that were measured."""
     baselines = {}
     for row in rows:
         row["median_s"], row["min_s"] = statistics.median(row["seconds"]), min(row["seconds"])
@@ -243,7 +321,6 @@ def run_rows(rows: Sequence[Row], rounds: int) -> list[Row]:
             output = torch.load(row["output"])
             baseline = baselines.setdefault(row["size"], output)
             row["difference"] = (output - baseline).abs().max().item()
-    return list(rows)
 
 
 def print_table(rows: Sequence[Row]) -> None:
@@ -251,11 +328,24 @@ def print_table(rows: Sequence[Row]) -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for row in rows:
         difference = "" if row["difference"] is None else f"{row['difference']:.1e}"
+        digits = 4 if row["device"] == "cuda" else 2
+        seconds = " | ".join(f"{row[name]:.{digits}f}" for name in ("median_s", "min_s", "cpu_s"))
         print(
-            f"| {row['backend']} | {row['dtype']} | {row['batch_size']}×{row['size']}² | {row['median_s']:.2f} "
-            f"| {row['min_s']:.2f} | {row['cpu_s']:.2f} | {row['images_per_s']:.3f} | {row['peak_gb']:.2f} "
-            f"| {difference} |"
+            f"| {row['name']} | {row['dtype']} | {row['batch_size']}×{row['size']}² | {seconds} "
+            f"| {row['images_per_s']:.3f} | {row['peak_gb']:.2f} | {difference} |"
         )
+
+
+def list_cases(args: argparse.Namespace) -> list[tuple[str, str, bool]]:
+    """Backend, precision, and whether it is the reference, for each row of a size; first what differences are from."""
+    cases = [("eager", "float32", True) if args.reference else ("torchvision", "float32", False)]
+    for backend, dtype in itertools.product(args.backends, args.dtypes):
+        if backend in RUNTIMES and dtype != "float32":
+            continue
+        if args.reference and args.device == "cuda" and backend != "checkpointing":
+            cases.append((backend, dtype, True))
+        cases.append((backend, dtype, False))
+    return list(dict.fromkeys(cases))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -269,10 +359,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--backends",
         nargs="+",
         default=["eager"],
-        choices=("eager", "compile", "checkpointing", *RUNTIMES),
-        help="how this package runs; checkpointing is for training; the last two run its ONNX file, in float32",
+        choices=("eager", "graph", *COMPILE_MODES, "checkpointing", *RUNTIMES),
+        help="how this package runs: graph replays eager's kernels as a CUDA graph, reduce-overhead does so with compiled "
+        "ones; checkpointing is for training; the last two run its ONNX file, in float32 on the CPU",
     )
-    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=("float32", "bfloat16"))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=("float32", "float16", "bfloat16"))
+    parser.add_argument("--autocast", action="store_true", help="train with bfloat16 activations")
     parser.add_argument("--sizes", nargs="+", type=int, default=[1024], help="pixels, of square images")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1, help="timed runs in each process")
@@ -294,6 +387,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit("--backends checkpointing is for training: give the task, benchmark.py train.")
     if args.task == "train" and set(args.backends) & set(RUNTIMES):
         raise SystemExit(f"--backends {' '.join(RUNTIMES)} are for inference.")
+    if "graph" in args.backends and (args.device, args.task) != ("cuda", "inference"):
+        raise SystemExit("--backends graph is for inference on --device cuda.")
+    if args.device == "cuda" and set(args.backends) & set(RUNTIMES):
+        raise SystemExit(f"--backends {' '.join(RUNTIMES)} are for --device cpu.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: PyTorch sees no GPU here.")
+    if args.task == "train" and args.dtypes != ["float32"]:
+        raise SystemExit("Training is measured in float32, or with --autocast.")
     if args.reference is not None and not (args.reference / "models" / "birefnet.py").is_file():
         raise SystemExit(f"--reference {args.reference} holds no models/birefnet.py: give a checkout of BiRefNet.")
     with tempfile.TemporaryDirectory() as folder:
@@ -304,25 +405,29 @@ def main(argv: Sequence[str] | None = None) -> int:
             "reference": str(args.reference.resolve()) if args.reference else None,
             "batch_size": args.batch_size,
             "repeats": args.repeats,
-            "warm_up": args.warm_up,
+            # What is compiled is recorded as a CUDA graph in its second run.
+            "warm_up": args.warm_up * (3 if args.device == "cuda" else 1),
+            "device": args.device,
+            "autocast": args.autocast,
             "threads": args.threads,
         }
-        baseline = "reference" if args.reference else "torchvision"
         rows = []
         for size in args.sizes:
-            cases = [(baseline, "float32")]
-            for backend, dtype in itertools.product(args.backends, args.dtypes):
-                if dtype == "float32" or backend not in RUNTIMES:
-                    cases.append((backend, dtype))
-            for backend, dtype in cases:
+            for backend, dtype, is_reference in list_cases(args):
                 files = {
                     "output": str(Path(folder) / f"{len(rows)}.pt"),
                     "exported": str(Path(folder) / f"onnx_{size}"),
                 }
-                rows.append(copy.deepcopy(common) | {"backend": backend, "dtype": dtype, "size": size} | files)
+                name = "reference" if is_reference else backend
+                if is_reference and backend != "eager":
+                    name += f", {backend}"
+                row = {"name": name, "backend": backend, "dtype": dtype, "is_reference": is_reference, "size": size}
+                rows.append(copy.deepcopy(common) | row | files)
         rows = run_rows(rows, args.rounds)
     machine = {
-        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "system": platform.platform(),
         "threads": args.threads,
         "python": platform.python_version(),

@@ -11,7 +11,8 @@ from transformers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_birefnet import BiRefNetConfig
-from .ops_birefnet import has_hooks, is_plain_inference, is_plain_linear, linear, linear_after
+from .ops_birefnet import has_hooks, is_plain_inference, is_plain_linear, is_triton_inference, linear, linear_after
+from .triton_birefnet import fused_window_attention
 
 
 # Bytes of queries, keys and values that inference on a CPU holds at a time: small enough to stay in a cache.
@@ -157,12 +158,19 @@ def works_in_bands(config: BiRefNetConfig, hidden_states: torch.Tensor) -> bool:
     return config._attn_implementation == "sdpa" and is_plain_inference(hidden_states)
 
 
-def stage_shift_mask(config: BiRefNetConfig, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The mask of all shifted blocks for a map (B, H, W, C).
+def works_in_kernel(config: BiRefNetConfig, hidden_states: torch.Tensor) -> bool:
+    """Whether attention is one kernel that reads the windows' tokens from where they are in the map."""
+    return config._attn_implementation == "sdpa" and is_triton_inference(hidden_states)
+
+
+def stage_shift_mask(config: BiRefNetConfig, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    """The mask of all shifted blocks for a map (B, H, W, C); None where attention is a kernel, which needs none.
 
     (windows, tokens, tokens); or, where attention goes through bands, (2 * 2, 1, tokens, tokens) for windows that are not
     in the last row or are, and not in the last column or are.
     """
+    if works_in_kernel(config, hidden_states):
+        return None
     size, like = config.window_size, (hidden_states.dtype, hidden_states.device)
     if works_in_bands(config, hidden_states):
         return shifted_window_mask(2 * size, 2 * size, size, size // 2, *like)[:, None]
@@ -217,6 +225,12 @@ class BiRefNetSwinAttention(nn.Module):
         Returns:
             (B, H, W, C) and, in eager attention, the weights (B * windows, heads, window_size², window_size²).
         """
+        if works_in_kernel(self.config, hidden_states):
+            qkv = self.qkv(hidden_states if before is None else before(hidden_states))
+            padding, table = self.qkv_of_padding(hidden_states), self.relative_position_bias_table
+            output = fused_window_attention(qkv, padding, table, self.num_heads, self.window_size, shift, self.scaling)
+            output = self.proj(output)
+            return output if after is None else after(hidden_states, output), None
         # By the mask where there is one: reentrant checkpointing turns autograd off after the mask was made.
         if shift_mask.ndim == 4 if shift else works_in_bands(self.config, hidden_states):
             return self.forward_in_bands(hidden_states, shift, shift_mask, before, after, **kwargs), None
@@ -242,6 +256,12 @@ class BiRefNetSwinAttention(nn.Module):
         output = self.proj(output[:, :height, :width])
         return output if after is None else after(hidden_states, output), weights
 
+    def qkv_of_padding(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(1, 3C), what `qkv` makes of zeros: its bias, where nothing takes effect when it is called."""
+        if is_plain_linear(self.qkv):
+            return self.qkv.bias[None]
+        return self.qkv(hidden_states.new_zeros(1, hidden_states.shape[-1]))
+
     def forward_in_bands(
         self,
         hidden_states: torch.Tensor,
@@ -261,9 +281,7 @@ class BiRefNetSwinAttention(nn.Module):
             masks = masks + shift_mask  # (4, heads, tokens, tokens)
         padding = None
         if height % self.window_size or width % self.window_size:
-            # As in `forward`, without reading the weights for it.
-            zeros = hidden_states.new_zeros(1, channels)
-            padding = self.qkv.bias[None] if is_plain_linear(self.qkv) else self.qkv(zeros)  # (1, 3C)
+            padding = self.qkv_of_padding(hidden_states)
         grid = hidden_states.reshape(-1, channels)
         result = torch.empty_like(grid)
         for band in bands:

@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import deform_conv2d as torchvision_deform_conv2d
 
+from .triton_birefnet import is_usable
+
 
 DeformConvImplementation = Literal["auto", "torchvision", "gather"]
 
@@ -50,7 +52,7 @@ def deform_conv2d(
     if implementation == "auto":
         implementation = "torchvision" if feature_map.is_cuda or _is_captured() else "gather"
     if implementation == "torchvision":
-        if feature_map.dtype == torch.bfloat16 and not feature_map.is_cuda:  # which torchvision has for CUDA only
+        if feature_map.dtype == torch.bfloat16:  # which torchvision has not, or with its last versions only
             inputs = (tensor.float() for tensor in (feature_map, offset, modulator, weight))
             return deform_conv2d(*inputs, implementation="torchvision").to(torch.bfloat16)
         return torchvision_deform_conv2d(feature_map, offset, weight, padding=weight.shape[-1] // 2, mask=modulator)
@@ -81,6 +83,24 @@ def is_plain_inference(feature_map: torch.Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def is_triton_inference(hidden_states: torch.Tensor) -> bool:
+    """Whether Triton's kernels pay and nothing needs more than results: half precision on a CUDA device, no autograd.
+
+    `torch.compile` takes them into its graph. What is exported is to run elsewhere.
+    """
+    if not hidden_states.is_cuda or torch.is_grad_enabled():
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden_states.dtype
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if torch.compiler.is_compiling():
+        # The flag, as is_exporting() is true for whatever is compiled until PyTorch 2.12.
+        is_exported = getattr(torch.compiler, "_is_exporting_flag", True)
+    else:
+        is_exported = _is_watched()
+    return not is_exported and is_usable(hidden_states.device.index)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -422,6 +442,7 @@ __all__ = [
     "has_hooks",
     "is_plain_inference",
     "is_plain_linear",
+    "is_triton_inference",
     "linear",
     "linear_after",
     "onednn_takes",
