@@ -138,14 +138,20 @@ def displace(model: torch.nn.Module) -> None:
             parameter.normal_(std=0.05)
 
 
-def reference_loss(model: torch.nn.Module) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The training step's loss as the checkout computes it."""
+def reference_loss(
+    model: torch.nn.Module, precision: contextlib.AbstractContextManager
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The training step's loss as the checkout computes it: in float32, whatever the network ran in."""
     from loss import PixLoss
 
     pixel_loss, gradient_loss = PixLoss(), torch.nn.BCELoss()
 
     def compute(image: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        ((predictions, targets), outputs), _ = model(image)
+        with precision:
+            ((predictions, targets), outputs), _ = model(image)
+        predictions, targets, outputs = (
+            [output.float() for output in maps] for maps in (predictions, targets, outputs)
+        )
         loss, _ = pixel_loss(outputs, labels)
         for prediction, target in zip(predictions, targets, strict=True):
             prediction = F.interpolate(prediction, size=target.shape[2:], mode="bilinear", align_corners=True)
@@ -203,12 +209,15 @@ def measure(row: Row) -> Row:
             precision = torch.autocast(device.type, torch.bfloat16)
         labels = (torch.rand(shape[0], 1, *shape[2:], generator=generator) > 0.5).to(device, dtype)
         optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-5)
-        loss_of = reference_loss(model) if is_reference else lambda image, labels: model(image, labels=labels).loss
+        loss_of = reference_loss(model, precision) if is_reference else None
 
         def step() -> torch.Tensor | None:
             optimizer.zero_grad()
-            with precision:
+            if is_reference:
                 loss = loss_of(image, labels)
+            else:
+                with precision:
+                    loss = model(image, labels=labels).loss
             loss.backward()
             optimizer.step()
     else:

@@ -30,8 +30,8 @@ COMMANDS = [
 
 def as_parameters(texts: list[str]) -> list:
     """The texts as parameters of a test; tracing a network for its export, or measuring it, takes most of a minute."""
-    slow = ('"exported"', "export_onnx", "benchmark")
-    return [pytest.param(text, marks=pytest.mark.slow if any(word in text for word in slow) else ()) for text in texts]
+    marks = {"cuda": pytest.mark.gpu} | dict.fromkeys(('"exported"', "export_onnx", "benchmark"), pytest.mark.slow)
+    return [pytest.param(text, marks=[mark for word, mark in marks.items() if word in text]) for text in texts]
 
 
 @pytest.fixture

@@ -174,6 +174,19 @@ def test_where_kernels_are_taken():
         assert not ops_birefnet.is_triton_inference(torch.zeros(1, dtype=torch.float16))
 
 
+def test_falls_back(monkeypatch, caplog):
+    """A GPU of an older generation, and a machine where Triton cannot start kernels."""
+    triton_birefnet._try_device.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not triton_birefnet.is_usable(0) and not caplog.messages
+    triton_birefnet._try_device.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_birefnet, "_probe_kernel", None)  # which does not start
+    assert not triton_birefnet.is_usable(0)
+    assert "Triton does not work here" in caplog.text
+    triton_birefnet._try_device.cache_clear()
+
+
 POINTER = "*fp16"
 
 

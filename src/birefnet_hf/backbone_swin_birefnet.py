@@ -160,7 +160,10 @@ def works_in_bands(config: BiRefNetConfig, hidden_states: torch.Tensor) -> bool:
 
 def works_in_kernel(config: BiRefNetConfig, hidden_states: torch.Tensor) -> bool:
     """Whether attention is one kernel that reads the windows' tokens from where they are in the map."""
-    return config._attn_implementation == "sdpa" and is_triton_inference(hidden_states)
+    if config._attn_implementation != "sdpa" or not is_triton_inference(hidden_states):
+        return False
+    head_channels = (config.embed_dim * 2**stage // heads for stage, heads in enumerate(config.num_heads))
+    return all(channels in (16, 32, 64, 128) for channels in head_channels)  # what blocks of the kernel can be
 
 
 def stage_shift_mask(config: BiRefNetConfig, hidden_states: torch.Tensor) -> torch.Tensor | None:

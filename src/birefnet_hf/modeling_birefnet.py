@@ -342,7 +342,9 @@ class BiRefNetASPP(nn.Module):
         """Whether `add_chunks` does the same as the branches themselves, but faster."""
         if self.training or not self.deformable:
             return False
-        if not is_plain_inference(hidden_states) and not is_triton_inference(hidden_states):
+        # A kernel holds all channels of some pixels.
+        is_fused = is_triton_inference(hidden_states) and self.global_branch.norm.num_features <= 256
+        if not is_fused and not is_plain_inference(hidden_states):
             return False
         branches = (self.pointwise_branch, *self.deformable_branches)
         return is_plain(*(layer for branch in branches for layer in (branch.conv.regular_conv, branch.norm)))

@@ -6,6 +6,7 @@ added up is float32, and what is multiplied has the inputs' precision.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 
@@ -46,6 +47,13 @@ def _try_device(device_index: int) -> bool:
         logger.warning("Triton does not work here, which makes BiRefNet slower on this GPU: %s", error)
         return False
     return True
+
+
+def _on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Kernels start on the current device, which need not be the tensors'. A compiler sees to that itself."""
+    if torch.compiler.is_compiling() or not tensor.is_cuda:
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
 
 
 def _power_of_two(number: int) -> int:
@@ -173,25 +181,26 @@ def fused_window_attention(
     output = qkv.new_empty(batch_size, height, width, channels)
     block = 32
     grid = (batch_size * windows_down * windows_across * num_heads, triton.cdiv(window_size**2, block))
-    _window_attention_kernel[grid](
-        output,
-        qkv,
-        padding.to(qkv.dtype),
-        position_table.to(qkv.dtype).t().contiguous(),
-        height,
-        width,
-        windows_down,
-        windows_across,
-        shift,
-        SCALING=scaling,
-        NUM_HEADS=num_heads,
-        HEAD_CHANNELS=channels // num_heads,
-        WINDOW_SIZE=window_size,
-        BLOCK_QUERIES=block,
-        BLOCK_KEYS=block,
-        num_warps=2,
-        num_stages=1,
-    )
+    with _on_device_of(qkv):
+        _window_attention_kernel[grid](
+            output,
+            qkv,
+            padding.to(qkv.dtype),
+            position_table.to(qkv.dtype).t().contiguous(),
+            height,
+            width,
+            windows_down,
+            windows_across,
+            shift,
+            SCALING=scaling,
+            NUM_HEADS=num_heads,
+            HEAD_CHANNELS=channels // num_heads,
+            WINDOW_SIZE=window_size,
+            BLOCK_QUERIES=block,
+            BLOCK_KEYS=block,
+            num_warps=2,
+            num_stages=1,
+        )
     return output
 
 
@@ -322,34 +331,35 @@ def add_fused_deform_conv2d(
     # Small maps have few pixels for each multiprocessor.
     num_pixels = batch_size * height * width
     block_pixels, num_warps = (128, 8) if num_pixels >= 16384 else (32, 4) if num_pixels >= 4096 else (16, 4)
-    _deform_conv_kernel[(triton.cdiv(height * width, block_pixels), batch_size)](
-        total,
-        feature_map,
-        displacement,
-        weight,
-        norm.weight,
-        norm.bias,
-        norm.running_mean,
-        norm.running_var,
-        projection,
-        height,
-        width,
-        channels,
-        out_channels,
-        projection.shape[0],
-        displacement.stride(0),
-        displacement.stride(1),
-        displacement.stride(3),
-        projection.stride(0),
-        kernel_size,
-        EPSILON=norm.eps,
-        BLOCK_PIXELS=block_pixels,
-        BLOCK_CHANNELS=max(16, min(64, _power_of_two(channels))),
-        BLOCK_OUT=max(16, _power_of_two(out_channels)),
-        BLOCK_PROJECTED=max(16, min(32, _power_of_two(projection.shape[0]))),
-        num_warps=num_warps,
-        num_stages=1 if num_pixels >= 4096 else 2,
-    )
+    with _on_device_of(total):
+        _deform_conv_kernel[(triton.cdiv(height * width, block_pixels), batch_size)](
+            total,
+            feature_map,
+            displacement,
+            weight,
+            norm.weight,
+            norm.bias,
+            norm.running_mean,
+            norm.running_var,
+            projection,
+            height,
+            width,
+            channels,
+            out_channels,
+            projection.shape[0],
+            displacement.stride(0),
+            displacement.stride(1),
+            displacement.stride(3),
+            projection.stride(0),
+            kernel_size,
+            EPSILON=norm.eps,
+            BLOCK_PIXELS=block_pixels,
+            BLOCK_CHANNELS=max(16, min(64, _power_of_two(channels))),
+            BLOCK_OUT=max(16, _power_of_two(out_channels)),
+            BLOCK_PROJECTED=max(16, min(32, _power_of_two(projection.shape[0]))),
+            num_warps=num_warps,
+            num_stages=1 if num_pixels >= 4096 else 2,
+        )
 
 
 __all__ = ["add_fused_deform_conv2d", "fused_window_attention", "is_usable"]
