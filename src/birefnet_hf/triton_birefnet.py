@@ -32,13 +32,13 @@ def _probe_kernel(output):
 
 @torch.compiler.assume_constant_result
 def is_usable(device_index: int) -> bool:
-    """Whether the kernels run on a CUDA device, which needs to be of the Ampere generation at least; tried once."""
+    """Whether the kernels run on a device, which has to be NVIDIA's, of the Ampere generation at least; tried once."""
     return _try_device(device_index)
 
 
 @functools.cache
 def _try_device(device_index: int) -> bool:
-    if triton is None or torch.cuda.get_device_capability(device_index) < (8, 0):
+    if triton is None or torch.version.hip or torch.cuda.get_device_capability(device_index) < (8, 0):
         return False
     try:
         with torch.cuda.device(device_index):
