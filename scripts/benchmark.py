@@ -404,6 +404,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit("--device cuda: PyTorch sees no GPU here.")
     if args.task == "train" and args.dtypes != ["float32"]:
         raise SystemExit("Training is measured in float32, or with --autocast.")
+    if args.autocast and args.reference is not None and args.device == "cpu":
+        raise SystemExit(
+            "--autocast with --reference is for --device cuda: its deformable convolution has it there alone."
+        )
     if args.reference is not None and not (args.reference / "models" / "birefnet.py").is_file():
         raise SystemExit(f"--reference {args.reference} holds no models/birefnet.py: give a checkout of BiRefNet.")
     with tempfile.TemporaryDirectory() as folder:
