@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo notebook space test test-slow quality style nano clean
+.PHONY: demo notebook space test test-slow test-gpu quality style nano clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -64,8 +64,11 @@ notebook: $(READY)  ## run the quick start notebook and save its pictures
 test: $(READY) quality  ## lint and the default test suite
 	$(BIN)/python -m pytest
 
-test-slow: $(READY)  ## everything, also what takes minutes
-	$(BIN)/python -m pytest -m "slow or not slow"
+test-slow: $(READY)  ## also what takes minutes
+	$(BIN)/python -m pytest -m "not gpu and not network"
+
+test-gpu: $(READY)  ## what needs a GPU
+	$(BIN)/python -m pytest -m gpu
 
 quality: $(READY)  ## ruff, without changing anything
 	$(BIN)/ruff check .
