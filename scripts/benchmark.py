@@ -202,7 +202,7 @@ def measure(row: Row) -> Row:
     if backend in COMPILE_MODES:
         model.compile(mode=COMPILE_MODES[backend])
     elif backend == "checkpointing":
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     if row["task"] == "train":
         if row["autocast"]:

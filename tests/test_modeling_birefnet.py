@@ -516,8 +516,8 @@ def test_training_gradient_checkpointing(settings, reentrant):
     for checkpointing in (False, True):
         model = build(**settings).double().train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
-            assert model.is_activation_checkpointing
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
             if reentrant:
                 model.enable_input_require_grads()
         torch.manual_seed(5)
@@ -537,7 +537,7 @@ def test_gradient_checkpointing_recomputes(tiny_model):
     blocks = [module for module in tiny_model.modules() if isinstance(module, BiRefNetSwinBlock)]
     runs = []
     blocks[3].attn.register_forward_pre_hook(lambda *_: runs.append(None))
-    tiny_model.train().activation_checkpointing_enable()
+    tiny_model.train().gradient_checkpointing_enable()
     tiny_model(image(), labels=mask()).loss.backward()
     assert len(blocks) == 8 and len(runs) == 2 * 2  # two scales, forward and backward
 
@@ -547,7 +547,7 @@ def test_gradients_can_begin_at_the_input(tiny_model):
     assert tiny_model.get_input_embeddings() is tiny_model.backbone.patch_embed.proj
     tiny_model.requires_grad_(False)
     qkv = tiny_model.backbone.layers[1].blocks[0].attn.qkv.requires_grad_(True)
-    tiny_model.train().activation_checkpointing_enable({"use_reentrant": True})
+    tiny_model.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     tiny_model.enable_input_require_grads()
     tiny_model(image(), labels=mask()).loss.backward()
     assert qkv.weight.grad.any() and len(gradients(tiny_model)) == 2

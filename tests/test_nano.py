@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging import version
 from PIL import Image
 from transformers import pipeline
 
@@ -63,6 +65,9 @@ def test_bfloat16_keeps_soft_edges():
     assert (np.concatenate([values.ravel() for values in difference]) <= 2).mean() >= 0.999
 
 
+@pytest.mark.skipif(
+    version.parse(transformers.__version__) < version.parse("5.13"), reason="5.12 casts what it offloads to disk"
+)
 def test_bfloat16_with_the_backbone_on_disk(tmp_path):
     """What stays in float32 is offloaded so, and counters stay integers."""
     modules = {"backbone": "disk", "squeeze_module": "cpu", "decoder": "cpu", "criterion": "cpu"}
