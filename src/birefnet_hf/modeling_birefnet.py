@@ -659,6 +659,11 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
                     module._buffers[name] = buffer.clone()
         missing = sorted(info["missing_keys"])
         if missing and not ignore_mismatched_sizes and kwargs.get("state_dict") is None:
+            if any("modules_to_save" in name for name in missing):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} holds an adapter, which transformers loads by itself from 5.18 on only. "
+                    "Load the model it was trained on, and give both to PeftModel.from_pretrained of peft."
+                )
             unexpected = sorted(info["unexpected_keys"])
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of this network, e.g. {missing[:3]}"
