@@ -65,6 +65,7 @@ from birefnet_hf.onnx_birefnet import ONNX_FILE_NAMES, BiRefNetOnnxForImageSegme
 
 
 Row = dict[str, Any]
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 RUNTIMES = ("onnxruntime", "openvino")
 COMPILE_MODES = {"compile": "default", "reduce-overhead": "reduce-overhead"}
@@ -138,9 +139,17 @@ def displace(model: torch.nn.Module) -> None:
             parameter.normal_(std=0.05)
 
 
-def reference_loss(
-    model: torch.nn.Module, precision: contextlib.AbstractContextManager
-) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+def own_loss(model: BiRefNetForImageSegmentation, precision: contextlib.AbstractContextManager) -> Loss:
+    """The training step's loss as this package computes it."""
+
+    def compute(image: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with precision:
+            return model(image, labels=labels).loss
+
+    return compute
+
+
+def reference_loss(model: torch.nn.Module, precision: contextlib.AbstractContextManager) -> Loss:
     """The training step's loss as the checkout computes it: in float32, whatever the network ran in."""
     from loss import PixLoss
 
@@ -209,16 +218,11 @@ def measure(row: Row) -> Row:
             precision = torch.autocast(device.type, torch.bfloat16)
         labels = (torch.rand(shape[0], 1, *shape[2:], generator=generator) > 0.5).to(device, dtype)
         optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-5)
-        loss_of = reference_loss(model, precision) if is_reference else None
+        loss_of = (reference_loss if is_reference else own_loss)(model, precision)
 
         def step() -> torch.Tensor | None:
             optimizer.zero_grad()
-            if is_reference:
-                loss = loss_of(image, labels)
-            else:
-                with precision:
-                    loss = model(image, labels=labels).loss
-            loss.backward()
+            loss_of(image, labels).backward()
             optimizer.step()
     else:
         model.eval()
@@ -304,7 +308,7 @@ def run_rows(rows: Sequence[Row], rounds: int) -> list[Row]:
         if row["backend"] in RUNTIMES and not Path(row["exported"]).is_dir():
             Worker(row | {"task": "export"}).finish()
     for _ in range(rounds):
-        workers = map(Worker, rows)
+        workers = map(Worker, rows)  # each starts when it is its turn
         if rows[0]["device"] == "cuda":
             workers = list(workers)
             for worker in workers:

@@ -45,6 +45,15 @@ def tiny_settings(**changes) -> dict:
     return settings | changes
 
 
+@torch.no_grad()
+def displace(model: BiRefNetForImageSegmentation) -> BiRefNetForImageSegmentation:
+    """The model, whose deformable convolutions displace and modulate now, at random."""
+    for name, parameter in model.named_parameters():
+        if "offset_conv" in name or "modulator_conv" in name:
+            parameter.normal_(std=0.1)
+    return model
+
+
 @pytest.fixture
 def tiny_config() -> BiRefNetConfig:
     return BiRefNetConfig(**tiny_settings())
@@ -54,12 +63,7 @@ def tiny_config() -> BiRefNetConfig:
 def tiny_model(tiny_config) -> BiRefNetForImageSegmentation:
     """A random network in evaluation mode whose deformable convolutions do displace."""
     torch.manual_seed(0)
-    model = BiRefNetForImageSegmentation(tiny_config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "offset_conv" in name or "modulator_conv" in name:
-                parameter.normal_(std=0.1)
-    return model
+    return displace(BiRefNetForImageSegmentation(tiny_config).eval())
 
 
 @pytest.fixture(scope="session")

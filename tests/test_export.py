@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import load_script, tiny_settings
+from conftest import displace, load_script, tiny_settings
 
 from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor, load_pipeline
 from birefnet_hf.onnx_birefnet import BiRefNetOnnxForImageSegmentation
@@ -22,12 +22,7 @@ def random_network(seed: int) -> BiRefNetForImageSegmentation:
     """Two blocks of windows, one shifted, at the finest level; deformable convolutions that do displace."""
     torch.manual_seed(seed)
     settings = tiny_settings(depths=(2, 1, 1, 1), deformable_kernel_sizes=(3,))  # little, for tracing takes long
-    model = BiRefNetForImageSegmentation(BiRefNetConfig(**settings)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "offset_conv" in name or "modulator_conv" in name:
-                parameter.normal_(std=0.1)
-    return model
+    return displace(BiRefNetForImageSegmentation(BiRefNetConfig(**settings)).eval())
 
 
 def save(model: BiRefNetForImageSegmentation, folder: Path) -> Path:

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import displace, tiny_settings
 from torch import nn
 
 from birefnet_hf import (
@@ -28,17 +29,11 @@ TOLERANCES = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
 
 
-def tiny_config(**settings) -> BiRefNetConfig:
-    shape = {"embed_dim": 32, "depths": [2, 1, 1, 1], "num_heads": [1, 2, 4, 8], "window_size": 5}
-    widths = {"inner_channels": 16, "branch_channels": 24, "image_channels": 8, "deformable_kernel_sizes": [1, 5]}
-    return BiRefNetConfig(backbone="swin", **(shape | widths | settings))
-
-
-def displace(model: BiRefNetForImageSegmentation) -> None:
-    """Makes its deformable convolutions displace and modulate."""
-    for name, parameter in model.named_parameters():
-        if "offset_conv" in name or "modulator_conv" in name:
-            parameter.data.normal_(std=0.05)
+def config(**settings) -> BiRefNetConfig:
+    """Of a network whose heads are as wide as the kernel for attention needs."""
+    shape = {"embed_dim": 32, "depths": (2, 1, 1, 1), "num_heads": (1, 2, 4, 8), "window_size": 5}
+    widths = {"inner_channels": 16, "branch_channels": 24, "deformable_kernel_sizes": (1, 5)}
+    return BiRefNetConfig(**tiny_settings(**shape | widths | settings))
 
 
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
@@ -56,8 +51,8 @@ def test_window_attention(dtype, size, window_size, shift):
     """As attention written out, with padding, shift and position bias."""
     torch.manual_seed(0)
     num_heads, channels = 2, 64
-    config = tiny_config(window_size=window_size, attn_implementation="eager")
-    attention = BiRefNetSwinAttention(config, channels, num_heads).to(DEVICE).eval()
+    settings = config(window_size=window_size, attn_implementation="eager")
+    attention = BiRefNetSwinAttention(settings, channels, num_heads).to(DEVICE).eval()
     for parameter in attention.parameters():
         parameter.normal_()
     attention.qkv.weight.mul_(channels**-0.5)
@@ -123,8 +118,7 @@ def test_add_fused_deform_conv2d(dtype, shape, kernel_size, widths, reach):
 def test_network(monkeypatch):
     """The whole network with kernels as without, for a batch of images that need padding."""
     torch.manual_seed(0)
-    model = BiRefNetForImageSegmentation(tiny_config()).to(DEVICE).eval()
-    displace(model)
+    model = displace(BiRefNetForImageSegmentation(config())).to(DEVICE).eval()
     image = torch.randn(2, 3, 60, 40, device=DEVICE)
     expected = model(image).logits
     if DEVICE == "cpu":
@@ -142,8 +136,7 @@ def test_ways_to_run_on_gpu():
     if DEVICE == "cpu":
         pytest.skip("This one needs a GPU indeed.")
     torch.manual_seed(0)
-    model = BiRefNetForImageSegmentation(BiRefNetConfig(backbone="swin_v1_t")).cuda().eval()
-    displace(model)
+    model = displace(BiRefNetForImageSegmentation(BiRefNetConfig(backbone="swin_v1_t"))).cuda().eval()
     image = torch.randn(1, 3, 256, 256, device="cuda")
     expected = model(image).logits
     assert not ops_birefnet.is_triton_inference(image) and ops_birefnet.is_triton_inference(image.half())

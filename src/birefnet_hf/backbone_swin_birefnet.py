@@ -243,8 +243,7 @@ class BiRefNetSwinAttention(nn.Module):
         # (B, H, W, 3C)
         qkv = self.qkv(hidden_states) if before is None else linear_after(self.qkv, before, hidden_states)
         if missing_rows or missing_columns:
-            # The bias, asked of the module because adapters and offloaded weights take effect when it is called.
-            padding = self.qkv(hidden_states.new_zeros(1, 1, 1, channels))
+            padding = self.qkv_of_padding(hidden_states).to(qkv.dtype)
             qkv = torch.cat((qkv, padding.expand(batch_size, height, missing_columns, -1)), dim=2)
             qkv = torch.cat((qkv, padding.expand(batch_size, missing_rows, width + missing_columns, -1)), dim=1)
         mask = self.position_bias().to(hidden_states.dtype)
@@ -260,7 +259,7 @@ class BiRefNetSwinAttention(nn.Module):
         return output if after is None else after(hidden_states, output), weights
 
     def qkv_of_padding(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """(1, 3C), what `qkv` makes of zeros: its bias, where nothing takes effect when it is called."""
+        """(1, 3C), what `qkv` makes of zeros: its bias. Adapters and offloaded weights take effect when it is called."""
         if is_plain_linear(self.qkv):
             return self.qkv.bias[None]
         return self.qkv(hidden_states.new_zeros(1, hidden_states.shape[-1]))

@@ -239,9 +239,9 @@ class BiRefNetDeformableConv(nn.Module):
 
     def displacement(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Offsets (B, 2k², H, W) and modulators (B, k², H, W)."""
-        offset_channels, modulator_channels = self.offset_conv.out_channels, self.modulator_conv.out_channels
         both = self.raw_displacement(hidden_states)
-        return both[:, :offset_channels], 2 * both[:, offset_channels:][:, :modulator_channels].sigmoid()
+        num_taps = self.modulator_conv.out_channels
+        return both[:, : 2 * num_taps], 2 * both[:, 2 * num_taps : 3 * num_taps].sigmoid()
 
     def raw_displacement(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, at least 3k², H, W): offsets and logits of modulators, by one convolution where both can be merged."""

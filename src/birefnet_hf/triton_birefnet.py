@@ -33,7 +33,7 @@ def _probe_kernel(output):
 @torch.compiler.assume_constant_result
 def is_usable(device_index: int) -> bool:
     """Whether the kernels run on a device, which has to be NVIDIA's, of the Ampere generation at least; tried once."""
-    return _try_device(device_index)
+    return _try_device(device_index)  # on its own, as the compiler looks through a cache
 
 
 @functools.cache
@@ -56,9 +56,15 @@ def _on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device)
 
 
-def _power_of_two(number: int) -> int:
-    """The next one, as blocks have to be."""
-    return 1 << (number - 1).bit_length()
+@jit
+def _places_in_grid(token, first_row, first_column, shift, padded_height, padded_width, WINDOW_SIZE: tl.constexpr):
+    """Row and column of a window's tokens before the cyclic shift, where they are in memory, and the part they are of.
+
+    The shift brings parts of the other side into the last windows: tokens of each part attend among themselves.
+    """
+    row, column = first_row + token // WINDOW_SIZE, first_column + token % WINDOW_SIZE
+    part = (row >= padded_height - shift) * 2 + (column >= padded_width - shift)
+    return (row + shift) % padded_height, (column + shift) % padded_width, part
 
 
 @jit
@@ -88,6 +94,7 @@ def _window_attention_kernel(
     window = tl.program_id(0) // NUM_HEADS
     window_row, window_column = window // windows_across % windows_down, window % windows_across
     is_cut = (shift > 0) & ((window_row == windows_down - 1) | (window_column == windows_across - 1))
+    first_row, first_column = window_row * WINDOW_SIZE, window_column * WINDOW_SIZE
     padded_height, padded_width = windows_down * WINDOW_SIZE, windows_across * WINDOW_SIZE
     image = window // (windows_down * windows_across)
     channel = head * HEAD_CHANNELS + tl.arange(0, HEAD_CHANNELS)
@@ -95,14 +102,10 @@ def _window_attention_kernel(
     output += image.to(tl.int64) * height * width * CHANNELS + channel
     position_table += head * SPAN * SPAN
 
-    # Row and column after the cyclic shift, where the windows are, and before it, where the tokens are.
     query = tl.program_id(1) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    query_row = window_row * WINDOW_SIZE + query // WINDOW_SIZE
-    query_column = window_column * WINDOW_SIZE + query % WINDOW_SIZE
-    # The shift brings parts of the other side into the last windows: tokens of each part attend among themselves.
-    query_part = (query_row >= padded_height - shift) * 2 + (query_column >= padded_width - shift)
-    query_row = (query_row + shift) % padded_height
-    query_column = (query_column + shift) % padded_width
+    query_row, query_column, query_part = _places_in_grid(
+        query, first_row, first_column, shift, padded_height, padded_width, WINDOW_SIZE
+    )
     is_query = (query < TOKENS) & (query_row < height) & (query_column < width)
     query_place = query_row * width + query_column
     queries = tl.load(qkv + query_place[:, None] * (3 * CHANNELS), mask=is_query[:, None], other=0.0)
@@ -116,11 +119,9 @@ def _window_attention_kernel(
     attended = tl.zeros((BLOCK_QUERIES, HEAD_CHANNELS), tl.float32)
     for start in range(0, TOKENS, BLOCK_KEYS):
         key = start + tl.arange(0, BLOCK_KEYS)
-        key_row = window_row * WINDOW_SIZE + key // WINDOW_SIZE
-        key_column = window_column * WINDOW_SIZE + key % WINDOW_SIZE
-        key_part = (key_row >= padded_height - shift) * 2 + (key_column >= padded_width - shift)
-        key_row = (key_row + shift) % padded_height
-        key_column = (key_column + shift) % padded_width
+        key_row, key_column, key_part = _places_in_grid(
+            key, first_row, first_column, shift, padded_height, padded_width, WINDOW_SIZE
+        )
         is_token = key < TOKENS
         is_real = is_token & (key_row < height) & (key_column < width)
         place = qkv + (key_row * width + key_column)[:, None] * (3 * CHANNELS)
@@ -354,9 +355,9 @@ def add_fused_deform_conv2d(
             kernel_size,
             EPSILON=norm.eps,
             BLOCK_PIXELS=block_pixels,
-            BLOCK_CHANNELS=max(16, min(64, _power_of_two(channels))),
-            BLOCK_OUT=max(16, _power_of_two(out_channels)),
-            BLOCK_PROJECTED=max(16, min(32, _power_of_two(projection.shape[0]))),
+            BLOCK_CHANNELS=max(16, min(64, triton.next_power_of_2(channels))),
+            BLOCK_OUT=max(16, triton.next_power_of_2(out_channels)),
+            BLOCK_PROJECTED=max(16, min(32, triton.next_power_of_2(projection.shape[0]))),
             num_warps=num_warps,
             num_stages=1 if num_pixels >= 4096 else 2,
         )
