@@ -4,8 +4,11 @@ import base64
 import io
 import socket
 import stat
+import sys
 import threading
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -70,6 +73,37 @@ def test_exif_orientation_is_applied(tmp_path):
 def test_damaged_exif_is_no_reason_to_refuse(tmp_path):
     data = bytearray(encoded(picture(size=(40, 30)), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff"))
     assert load_image(bytes(data)).size == (40, 30)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    sound = encoded(picture(size=(40, 30)), "JPEG", exif=exif)
+    # The resolution's type becomes text, over which Pillow stumbles (TypeError) only when it writes the data anew.
+    damaged = sound.replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02")
+    assert load_image(sound).size == (30, 40)
+    assert damaged != sound
+    assert load_image(damaged).size == (40, 30)
+
+
+def test_whatever_a_decoder_raises_names_the_file(monkeypatch, tmp_path):
+    picture().save(tmp_path / "odd.png")
+
+    def fail(self):
+        raise AttributeError("no such tile")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
+    with pytest.raises(ImageLoadError, match="odd.png cannot be read: no such tile"):
+        load_image(tmp_path / "odd.png")
+
+
+def test_threads_leave_the_warning_filters_alone():
+    before, data = list(warnings.filters), encoded(picture())
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as executor:
+            assert {image.size for image in executor.map(load_image, [data] * 400)} == {(40, 30)}
+    finally:
+        sys.setswitchinterval(interval)
+    assert warnings.filters == before
 
 
 def test_animations_give_their_first_frame(tmp_path):
@@ -203,6 +237,15 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b"x")
                 self.wfile.flush()
                 time.sleep(0.1)
+        elif self.path == "/drip":  # of chunks whose length never ends, on a connection that is to be closed
+            self.send_response(200)
+            self.send_header("Connection", "close")
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.drip()
+        elif self.path == "/headers":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+            self.drip()
         elif self.path == "/short":
             self.send_response(200)
             self.send_header("Content-Length", "1000")
@@ -218,6 +261,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
+
+    def drip(self) -> None:
+        for _ in range(60):
+            self.wfile.write(b"0")
+            self.wfile.flush()
+            time.sleep(0.1)
 
     def log_message(self, *args) -> None:
         pass
@@ -293,12 +342,43 @@ def test_limits_of_size_and_time(server):
         fetch(server + "/image.png", max_bytes=100, allow_private=True)
     with pytest.raises(ImageLoadError, match="larger than the 1000000 bytes"):
         fetch(server + "/endless", max_bytes=1_000_000, allow_private=True)
-    start = time.monotonic()
-    with pytest.raises(ImageLoadError, match="longer than the time allowed|broke off"):
-        fetch(server + "/slow", timeout=0.5, allow_private=True)
-    assert time.monotonic() - start < 3
+    for path in ("/slow", "/drip", "/headers"):
+        start = time.monotonic()
+        with pytest.raises(ImageLoadError, match="longer than the time allowed"):
+            fetch(server + path, timeout=0.5, allow_private=True)
+        assert time.monotonic() - start < 3
     with pytest.raises(ImageLoadError, match="broke off after 1 of 1000"):
         fetch(server + "/short", allow_private=True)
+
+
+def test_a_handshake_has_no_time_of_its_own():
+    """A server whose first message of an encrypted connection comes byte by byte."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    stop = threading.Event()
+
+    def serve() -> None:
+        accepted, _ = listener.accept()
+        with accepted:
+            accepted.sendall(b"\x16\x03\x03\x40\x00")  # so many bytes follow
+            for _ in range(60):
+                try:
+                    accepted.sendall(b"x")
+                except OSError:
+                    return
+                if stop.wait(0.1):
+                    return
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    start = time.monotonic()
+    try:
+        with pytest.raises(ImageLoadError, match="longer than the time allowed"):
+            fetch(f"https://127.0.0.1:{listener.getsockname()[1]}/a.png", timeout=0.5, allow_private=True)
+    finally:
+        stop.set()
+        thread.join()
+        listener.close()
+    assert time.monotonic() - start < 3
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import os
 import secrets
 import socket
 import ssl
-import struct
 import threading
 import time
 import warnings
@@ -33,17 +32,8 @@ MAX_REDIRECTS = 5
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Special ranges that Python's `is_global` lets through: site-local, documentation, IPv4 dummy and 6to4 relay.
 _SPECIAL = [ipaddress.ip_network(network) for network in ("fec0::/10", "3fff::/20", "192.0.0.0/24", "192.88.99.0/24")]
-# What Pillow's decoders raise on damaged files, each format its own.
-_DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    RuntimeError,  # and with it NotImplementedError
-    struct.error,
-    Image.DecompressionBombError,
-)
+# `warnings.catch_warnings` is for one thread at a time: of two, one would leave its filter behind for all.
+_FILTERING = threading.Lock()
 
 
 class ImageLoadError(ValueError):
@@ -83,6 +73,8 @@ def load_image(
         ImageLoadError: there is no such file or address, or it holds no whole image.
         TypeError: `source` is none of the above.
     """
+    if not isinstance(source, str | os.PathLike | bytes | Image.Image | np.ndarray):
+        raise TypeError(f"An image is given as path, URL, bytes, PIL image or array, not as {type(source).__name__}.")
     name = "the image"
     try:
         if isinstance(source, np.ndarray):
@@ -105,21 +97,19 @@ def load_image(
             source = io.BytesIO(source)
         if isinstance(source, Image.Image):
             return _upright_rgb(source, max_pixels)
-        if not isinstance(source, str | os.PathLike | io.BytesIO):
-            raise TypeError(
-                f"An image is given as path, URL, bytes, PIL image or array, not as {type(source).__name__}."
-            )
-        with warnings.catch_warnings():
+        with _FILTERING, warnings.catch_warnings():
             # Between once and twice its limit Pillow only warns; `max_pixels` is there for who wants less.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source) as image:
-                return _upright_rgb(image, max_pixels)
+            opened = Image.open(source)
+        with opened as image:
+            return _upright_rgb(image, max_pixels)
     except ImageLoadError as error:
         raise (error if name in str(error) or name == "the image" else ImageLoadError(f"{name}: {error}")) from None
     except UnidentifiedImageError as error:
         raise ImageLoadError(f"{name} is no image, or of a format that Pillow does not know.") from error
-    except _DECODING_ERRORS as error:
-        raise ImageLoadError(f"{name} cannot be read: {str(error).rstrip('.')}.") from error
+    except Exception as error:  # on damaged files Pillow's decoders raise nearly anything
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise ImageLoadError(f"{name} cannot be read: {reason}.") from error
 
 
 def _upright_rgb(image: Image.Image, max_pixels: int | None) -> Image.Image:
@@ -131,10 +121,14 @@ def _upright_rgb(image: Image.Image, max_pixels: int | None) -> Image.Image:
     image.load()
     try:
         image = ImageOps.exif_transpose(image)
-    except _DECODING_ERRORS as error:
+    except Exception as error:  # of whatever kind the damage makes it
         logger.warning("EXIF data cannot be read, the image is taken as it lies: %s", error)
+    return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A PIL image as 8-bit RGB. Greys of more bits or in floating point are scaled; Pillow would clip them at 255."""
     if image.mode.startswith("I") or image.mode == "F":
-        # Pillow clips these at 255 instead of scaling them.
         values = np.asarray(image).astype(np.float32)
         values = values / (65535 if image.mode != "F" else 1 if values.max() <= 1 else 255)
         return _from_array(values.clip(0, 1))
@@ -176,17 +170,38 @@ class _PinnedConnection(http.client.HTTPConnection):
         super().__init__(host, port, timeout=timeout)
         self.addresses = addresses
         self.tls = tls
+        self.deadline = time.monotonic() + timeout
+        self.opened: list[socket.socket] = []  # `sock` is gone as soon as the server says that it will close
 
     def connect(self) -> None:
         for index, address in enumerate(self.addresses, start=1):
             try:
-                self.sock = socket.create_connection((address, self.port), self.timeout)
+                sock = socket.create_connection((address, self.port), max(self.deadline - time.monotonic(), 0.001))
                 break
             except OSError:  # a machine without IPv6, say
                 if index == len(self.addresses):
                     raise
+        self.sock = self._keep(sock)
         if self.tls is not None:
-            self.sock = self.tls.wrap_socket(self.sock, server_hostname=self.host)
+            secured = self.tls.wrap_socket(sock, server_hostname=self.host, do_handshake_on_connect=False)
+            self.sock = self._keep(secured)
+            secured.do_handshake()
+
+    def _keep(self, sock: socket.socket) -> socket.socket:
+        """Makes the socket known to `hang_up`, which may have come before it."""
+        self.opened.append(sock)
+        if time.monotonic() >= self.deadline:
+            sock.close()
+            raise TimeoutError
+        return sock
+
+    def hang_up(self) -> None:
+        """Ends everything from outside: a server that sends a byte now and then never runs into a socket's timeout."""
+        for sock in self.opened:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue  # closed already, or another one stands for it now
 
 
 def fetch(
@@ -203,7 +218,8 @@ def fetch(
 
     Args:
         url: What to fetch.
-        timeout: Seconds for everything, redirects included; 30 by default.
+        timeout: Seconds for everything, redirects included; 30 by default. What the system's resolver may take for a
+            name comes on top.
         max_bytes: Largest answer.
         allow_private: Whether addresses that are not public are allowed.
 
@@ -225,13 +241,15 @@ def fetch(
         tls = ssl.create_default_context() if parts.scheme == "https" else None
         remaining = deadline - time.monotonic()
         connection = _PinnedConnection(parts.hostname, port, addresses, tls, timeout=max(remaining, 0.001))
-        watchdog = threading.Timer(max(remaining, 0.001), _hang_up, [connection])
+        watchdog = threading.Timer(max(remaining, 0.001), connection.hang_up)
         watchdog.start()
         try:
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             path = quote(path, safe="/?&=%:@!$'()*+,;~[]-._")
             connection.request("GET", path, headers={"User-Agent": "birefnet_hf", "Accept": "image/*"})
             response = connection.getresponse()
+            if time.monotonic() >= deadline:  # cut off within the headers, which then look complete
+                raise TimeoutError
             location = response.getheader("Location")
             if response.status in (301, 302, 303, 307, 308) and location:
                 current = urljoin(current, location)
@@ -251,15 +269,6 @@ def fetch(
     raise ImageLoadError(f"{url} redirects more than {MAX_REDIRECTS} times.")
 
 
-def _hang_up(connection: http.client.HTTPConnection) -> None:
-    """Ends a connection from outside: a server that sends a byte now and then never runs into a socket's timeout."""
-    if connection.sock is not None:
-        try:
-            connection.sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return  # closed already
-
-
 def _read_body(response: http.client.HTTPResponse, url: str, max_bytes: int, deadline: float) -> bytes:
     too_large = f"{url} is larger than the {max_bytes} bytes allowed."
     if (response.length or 0) > max_bytes:
@@ -269,8 +278,10 @@ def _read_body(response: http.client.HTTPResponse, url: str, max_bytes: int, dea
         body += chunk
         if len(body) > max_bytes:
             raise ImageLoadError(too_large)
-        if time.monotonic() > deadline:
-            raise ImageLoadError(f"{url} took longer than the time allowed.")
+        if time.monotonic() >= deadline:
+            break
+    if time.monotonic() >= deadline:  # also where the end of the body is that of the time
+        raise ImageLoadError(f"{url} took longer than the time allowed.")
     if expected is not None and len(body) < expected:
         raise ImageLoadError(f"{url} broke off after {len(body)} of {expected} bytes.")
     return bytes(body)
@@ -332,4 +343,4 @@ def save_image(image: Image.Image, path: str | os.PathLike[str], **parameters: A
         temporary.unlink(missing_ok=True)
 
 
-__all__ = ["ImageLoadError", "ImageSource", "fetch", "is_url", "load_image", "save_image"]
+__all__ = ["ImageLoadError", "ImageSource", "fetch", "is_url", "load_image", "save_image", "to_rgb"]
