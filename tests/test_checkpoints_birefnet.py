@@ -87,6 +87,10 @@ def test_aliases_resolve_unless_something_local_has_the_name(tmp_path, monkeypat
     assert resolve_checkpoint("someone/else") == "someone/else"
     assert resolve_checkpoint("./weights/mine") == "./weights/mine"
     (tmp_path / "lite").mkdir()
+    (tmp_path / "lite" / "cutout.png").touch()
+    assert resolve_checkpoint("lite") == "ZhengPeng7/BiRefNet_lite"  # a folder for results
+    assert get_checkpoint("lite").alias == "lite"
+    (tmp_path / "lite" / "model.safetensors").touch()
     assert resolve_checkpoint("lite") == "lite"
     assert get_checkpoint("lite") is None
 

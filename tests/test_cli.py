@@ -166,6 +166,16 @@ def test_inputs_are_never_replaced(tmp_path, run, no_model):
     assert photo.read_bytes() == before
 
 
+def test_the_background_is_never_replaced(tmp_path, run, no_model):
+    photo, beach = write_image(tmp_path / "in" / "beach.jpg"), write_image(tmp_path / "beach.png")
+    before = beach.read_bytes()
+    for output in (beach, tmp_path):
+        code, text = run(photo, "-o", output, "--background", beach)
+        assert code == 2
+        assert "is the background" in unwrap(text)
+    assert beach.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("text", "expected"), [(None, None), ("512", (512, 512)), ("2560x1440", (1440, 2560)), ("64X32", (32, 64))]
 )
@@ -261,6 +271,16 @@ def test_single_file(tmp_path, run):
     assert "1 written in" in output
     with Image.open(tmp_path / "new" / "cut.png") as cutout:
         assert (cutout.mode, cutout.size) == ("RGBA", (41, 23))
+
+
+def test_folders_may_be_called_like_models_and_colours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_image(tmp_path / "a.png", size=(48, 32))
+    for output in ("nano", "nano", "white"):  # the second time there are results in it
+        arguments = ["a.png", "-o", output, "--model", "nano", "--background", "white", "--device", "cpu"]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+    assert [path.name for path in (tmp_path / "white").iterdir()] == ["a.png"]
 
 
 def test_the_network_of_the_package_finds_the_object(tmp_path, scene):

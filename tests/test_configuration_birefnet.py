@@ -1,5 +1,6 @@
 """BiRefNetConfig: what it stores, what it refuses and how it says so."""
 
+import functools
 import json
 from typing import get_args
 
@@ -94,7 +95,10 @@ def test_two_labels_for_one_logit():
     config = BiRefNetConfig()
     assert config.id2label == {0: "background", 1: "foreground"}
     assert config.label2id == {"background": 0, "foreground": 1}
-    assert config.num_labels == 2
+    assert config.num_labels == BiRefNetConfig(num_labels=2).num_labels == 2
+    for build in (BiRefNetConfig, functools.partial(BiRefNetConfig.from_dict, {})):
+        with pytest.raises(ValueError, match="num_labels must be 2"):
+            build(num_labels=1)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +125,7 @@ def test_two_labels_for_one_logit():
         ({"gradient_channels": -1}, ["gradient_channels=-1", "at least 1"]),
         ({"num_squeeze_blocks": 0}, ["num_squeeze_blocks=0", "at least 1"]),
         ({"num_channels": 4}, ["num_channels=4", "3"]),
+        ({"id2label": {0: "object"}}, ["id2label={0: 'object'}", "0 (background) and 1 (foreground)"]),
         ({"num_auxiliary_classes": -1}, ["num_auxiliary_classes=-1", "0"]),
         ({"drop_path_rate": 1.0}, ["drop_path_rate=1.0", "[0, 1)"]),
         ({"attention_block_dropout": -0.1}, ["attention_block_dropout=-0.1", "[0, 1)"]),

@@ -166,10 +166,19 @@ def test_parse_background(tmp_path):
     picture.save(tmp_path / "red.png")
     for source in (picture, tmp_path / "red.png", str(tmp_path / "red.png")):
         assert torch.equal(to_uint8(parse_background(source)).permute(1, 2, 0), torch.from_numpy(np.array(picture)))
+    assert to_uint8(parse_background(tuple(np.uint8([1, 2, 3])))).flatten().tolist() == [1, 2, 3]
     with pytest.raises(ValueError, match="neither a colour"):
         parse_background("reddish")
+    with pytest.raises(ValueError, match="is a folder"):
+        parse_background(str(tmp_path))
     with pytest.raises(ValueError, match="three integers"):
         parse_background((1, 2, 300))
+
+
+def test_a_folder_is_no_colour(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "white").mkdir()
+    assert parse_background("white").flatten().tolist() == [1, 1, 1]
 
 
 def test_cut_out():
@@ -179,5 +188,7 @@ def test_cut_out():
         result = cut_out(image, alpha, refine)
         assert result.mode == "RGBA" and np.array_equal(np.asarray(result)[..., 3], np.asarray(alpha))
         assert (np.asarray(result)[np.asarray(alpha) == 255][:, :3] == 200).all()
+    deep = Image.fromarray(np.full((30, 40), 200 * 257, np.uint16))
+    assert (np.asarray(cut_out(deep, alpha, refine=False))[..., :3] == 200).all()
     with pytest.raises(ValueError, match="must agree"):
         cut_out(image, alpha.resize((10, 10)))

@@ -128,6 +128,16 @@ def test_batches_and_nesting(processor_class):
     assert isinstance(as_list, list) and len(as_list) == 3 and as_list[0].shape == (3, 32, 32)
 
 
+def test_deep_images_are_scaled_not_clipped(processor_class, tmp_path):
+    ramp = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    processor = processor_class(size=32)
+    expected = processor(Image.fromarray((ramp / 257).round().astype(np.uint8)), return_tensors="pt")["pixel_values"]
+    unit = Image.fromarray((ramp / 65535).astype(np.float32))
+    for source in (Image.fromarray(ramp), tmp_path / "deep.png", unit):
+        torch.testing.assert_close(processor(source, return_tensors="pt")["pixel_values"], expected)
+
+
 def test_float_images(processor_class):
     array = random_array(64, 64)
     processor = processor_class(size=64)
@@ -228,6 +238,7 @@ def test_nothing_deprecated_is_used(processor_class, tmp_path, caplog):
         (np.zeros((1, 1, 1, 1, 1), np.uint8), ValueError, "dimensions, got 5"),
         (np.zeros((32, 32, 5), np.uint8), ValueError, "channel"),
         ("no/such/file.png", ValueError, "no/such/file.png"),
+        (np.full((32, 32), 1000, np.uint16), ValueError, "16 bits"),
     ],
 )
 def test_what_is_no_image(processor_class, images, error, message):
@@ -426,7 +437,12 @@ def test_export_as_remote_code_is_complete(processor_class, tmp_path, monkeypatc
     monkeypatch.setattr(processor_class, "_auto_class", "AutoImageProcessor")
     processor_class().save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"preprocessor_config.json", "image_processing_birefnet.py", "checkpoints_birefnet.py"}
+    assert names == {
+        "preprocessor_config.json",
+        "image_processing_birefnet.py",
+        "checkpoints_birefnet.py",
+        "image_loading.py",
+    }
 
 
 def write_config(folder, **content):

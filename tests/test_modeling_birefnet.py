@@ -371,6 +371,12 @@ def test_training_on_sizes_that_are_no_multiples(tiny_model):
     assert all(target.shape == (2, 1, 64, 96) for target in outputs.gradient_targets)
 
 
+def test_masks_of_truth_values(tiny_model):
+    labels = mask(2, 1, 40, 70) > 0.5
+    expected = tiny_model(image(2, 3, 40, 70), labels=labels.float()).loss
+    assert torch.equal(tiny_model(image(2, 3, 40, 70), labels=labels).loss, expected)
+
+
 def test_labels_of_another_size(tiny_model):
     """Predictions are resized to the labels, whose thin structures resizing would lose."""
     outputs = tiny_model(image(2, 3, 64, 64), labels=mask(2, 1, 100, 90))

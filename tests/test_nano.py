@@ -1,5 +1,6 @@
 """The trained network that ships with the package."""
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -30,9 +31,10 @@ def test_size_and_names():
     assert list_aliases()[0] == "nano"
 
 
-def test_a_folder_of_that_name_wins(tmp_path, monkeypatch):
+def test_a_model_in_a_folder_of_that_name_wins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nano").mkdir()
+    (tmp_path / "nano" / "config.json").touch()
     assert resolve_checkpoint("nano") == "nano"
 
 
@@ -63,6 +65,19 @@ def test_bfloat16_keeps_soft_edges():
     assert rounded.model.decoder.mask_head.weight.dtype == torch.bfloat16
     difference = [np.abs(np.asarray(exact(str(path)), int) - np.asarray(rounded(str(path)), int)) for path in photos]
     assert (np.concatenate([values.ravel() for values in difference]) <= 2).mean() >= 0.999
+
+
+def test_the_backbone_never_becomes_bfloat16():
+    """However the network becomes so, and wherever it goes from there."""
+    loaded = BiRefNetForImageSegmentation.from_pretrained(NANO, dtype=torch.bfloat16)
+    exact = BiRefNetForImageSegmentation.from_pretrained(NANO, dtype=torch.float32)
+    cast = load_pipeline(copy.deepcopy(exact), dtype="bfloat16").model
+    for model in (cast, copy.deepcopy(exact).bfloat16(), copy.deepcopy(exact).half().to(torch.bfloat16)):
+        for (name, tensor), other in zip(model.state_dict().items(), loaded.state_dict().values(), strict=True):
+            assert tensor.dtype == other.dtype, name
+            assert torch.equal(tensor, other), name
+    assert cast.to("meta").backbone.stages[0][0].weight.dtype == torch.float32
+    assert exact.half().backbone.stages[0][0].weight.dtype == torch.float16
 
 
 @pytest.mark.skipif(

@@ -202,6 +202,9 @@ def test_contradictions_are_refused(pipe, tiny_model_dir):
         ({"output_type": "mask", "background": "white"}, "has no background"),
         ({"output_type": "composite"}, "needs a `background`"),
         ({"background": "whitish"}, "whitish"),
+        ({"background": torch.zeros(64, 48, 3)}, "permute"),
+        ({"background": torch.zeros(3)}, "permute"),
+        ({"background": torch.zeros(3, 8, 8, dtype=torch.uint8)}, "divide 8-bit values by 255"),
         ({"threshold": 1.5}, "threshold=1.5"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -430,7 +433,7 @@ def test_half_precision_on_the_cpu(seeing_model_dir, pipe, dtype):
     assert stock(photo())[0]["score"] > 0.5
 
 
-def test_model_object(tiny_config, tiny_model_dir, copy_of):
+def test_model_object(tiny_config, tiny_model_dir, copy_of, tmp_path):
     model = BiRefNetForImageSegmentation(tiny_config).train()
     pipe = load_pipeline(model)
     assert not pipe.model.training
@@ -440,6 +443,16 @@ def test_model_object(tiny_config, tiny_model_dir, copy_of):
     assert load_pipeline(model, size=96).image_processor.size == {"height": 96, "width": 96}
     with pytest.raises(ValueError, match="patch_order"):
         load_pipeline(model, patch_order="wg_hg_c")
+
+    # One in several places stays in them.
+    spread = BiRefNetForImageSegmentation.from_pretrained(
+        tiny_model_dir,
+        device_map={"backbone": "cpu", "squeeze_module": "cpu", "criterion": "cpu", "decoder": "disk"},
+        offload_folder=tmp_path,
+    )
+    whole = BiRefNetForImageSegmentation.from_pretrained(tiny_model_dir)
+    results = [np.asarray(load_pipeline(each)(photo(), output_type="mask")) for each in (spread, whole)]
+    np.testing.assert_array_equal(*results)
 
     # The processor of the directory that a model was loaded from belongs to it, as long as it is there.
     folder = copy_of(tiny_model_dir)

@@ -1,5 +1,7 @@
 """Backbones that timm builds: PVTv2, DINOv3, ResNet-50, VGG-16, EfficientNet-Lite; timm is imported for them only."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import GradientCheckpointingLayer
@@ -173,6 +175,22 @@ class BiRefNetConvBackbone(nn.Module):
         # What `run_fused` knows. Adapters and quantised layers, which may come later, are called.
         is_known = config.backbone == "tf_efficientnet_lite0"
         self.fusable_kinds = {type(module) for module in self.stages.modules()} if is_known else set()
+        # bfloat16 is too coarse for an EfficientNet: with `nano`, alpha moves by more than 2/255 for a twentieth of the
+        # pixels of photographs, and in the decoder alone for less than a thousandth.
+        self.stays_float32 = is_known
+        if self.stays_float32 and torch.get_default_dtype() == torch.bfloat16:
+            self.float()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "BiRefNetConvBackbone":
+        """What `to` and its kin do to each tensor; one that may not become bfloat16 changes its device only."""
+
+        def apply(tensor: torch.Tensor) -> torch.Tensor:
+            result = fn(tensor)
+            if self.stays_float32 and result.dtype == torch.bfloat16:
+                return tensor.to(result.device, torch.float32)
+            return result
+
+        return super()._apply(apply, recurse)
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> list[torch.Tensor]:
         """(B, 3, H, W) → four maps (B, C_i, H/4.., W/4..), fine to coarse."""

@@ -103,15 +103,16 @@ def get_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint | None:
         name_or_path: A Hub id or an alias, in any letter case; a path inside the Hugging Face cache
             (`.../models--owner--name/snapshots/...`); or an existing local directory or weight file that carries
             the name of a repository, e.g. `weights/BiRefNet_lite`, `weights/BiRefNet_lite.safetensors` or
-            `weights/BiRefNet_lite/model.safetensors`. What exists locally is never taken for an alias.
+            `weights/BiRefNet_lite/model.safetensors`. A local model is never taken for an alias.
 
     Returns:
         The table's entry, or None if the name is not in it.
     """
     text = os.fspath(name_or_path)
-    if not os.path.exists(text):
+    if not _holds_model(text):
         found = _BY_HUB_ID.get(text.casefold()) or _BY_ALIAS.get(text.casefold())
-        return found or _from_hub_cache(PurePath(text))
+        if found is not None or not os.path.exists(text):
+            return found or _from_hub_cache(PurePath(text))
 
     path = PurePath(os.path.abspath(text))
     found = _from_hub_cache(path)
@@ -126,14 +127,21 @@ def get_checkpoint(name_or_path: str | os.PathLike[str]) -> Checkpoint | None:
 def resolve_checkpoint(name: str) -> str:
     """Turns an alias into what `from_pretrained` takes: "lite" into its Hub id, "nano" into the package's own directory.
 
-    Every other name, and what exists locally, is returned as it is.
+    Every other name, and that of a local model, is returned as it is.
     """
-    if os.path.exists(name):
+    if _holds_model(name):
         return name
     if name.casefold() == "nano":
         return NANO
     checkpoint = _BY_ALIAS.get(name.casefold())
     return name if checkpoint is None else checkpoint.hub_id
+
+
+def _holds_model(path: str) -> bool:
+    """Whether it is a file, or a folder with a model in it: a folder "lite" for cut-outs does not hide the alias."""
+    if not os.path.isdir(path):
+        return os.path.exists(path)
+    return any(name == "config.json" or name.endswith((*_WEIGHT_SUFFIXES, ".onnx")) for name in os.listdir(path))
 
 
 def _from_hub_cache(path: PurePath) -> Checkpoint | None:

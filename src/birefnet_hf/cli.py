@@ -167,7 +167,9 @@ def _name_of_url(url: str) -> Path:
     return Path(re.sub(r"[^\w.-]+", "_", name).strip(".")[-100:] or "image")
 
 
-def assign_targets(inputs: list[Input], output: Path, output_format: OutputFormat | None) -> list[Job]:
+def assign_targets(
+    inputs: list[Input], output: Path, output_format: OutputFormat | None, background: str | None = None
+) -> list[Job]:
     """Decides which file each image's result is written to.
 
     `output` is a file if it ends in .png or .webp, else a folder in which sub-folders are mirrored. Images that differ
@@ -175,7 +177,7 @@ def assign_targets(inputs: list[Input], output: Path, output_format: OutputForma
 
     Raises:
         typer.BadParameter: a file for several images, a format that is not offered or contradicts `output_format`,
-            two images with one name, or a result that would replace an image.
+            two images with one name, or a result that would replace an image, also that of the background.
     """
     suffix = output.suffix.lower()
     if suffix in IMAGE_SUFFIXES and not output.is_dir():
@@ -205,6 +207,10 @@ def assign_targets(inputs: list[Input], output: Path, output_format: OutputForma
     for job in jobs:
         if job.target.exists() and _identity(job.target) in identities:
             raise typer.BadParameter(f"{job.target} is an input; results never replace inputs, choose another folder.")
+        if background is not None and job.target.exists() and _identity(job.target) == _identity(background):
+            raise typer.BadParameter(
+                f"{job.target} is the background; results never replace it, choose another folder."
+            )
     return jobs
 
 
@@ -435,7 +441,7 @@ def remove_backgrounds(
     images, problems = find_inputs(inputs, output)
     if not images:
         raise typer.BadParameter("There is no image to process: " + "; ".join(problems))
-    jobs = assign_targets(images, output, output_format)
+    jobs = assign_targets(images, output, output_format, background)
     is_file = len(jobs) == 1 and jobs[0].target == output
     prepare_folder(output.parent if is_file else output)
     total = len(jobs)

@@ -180,6 +180,8 @@ class BiRefNetConfig(PreTrainedConfig):
             # One logit channel, two answers: the pipelines ask for the names of both.
             self.id2label = {0: "background", 1: "foreground"}
             self.label2id = {"background": 0, "foreground": 1}
+        if kwargs.pop("num_labels", None) not in (None, 2):
+            raise ValueError("num_labels must be 2: one channel of logits decides between background and foreground.")
         own_fields = {field.name for field in fields(type(self))}
         for name in kwargs:
             close = difflib.get_close_matches(name, own_fields, n=1, cutoff=0.7)
@@ -226,6 +228,8 @@ class BiRefNetConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.num_channels != 3:
             raise ValueError(f"num_channels={self.num_channels}: BiRefNet takes RGB images, num_channels must be 3.")
+        if set(self.id2label) != {0, 1}:
+            raise ValueError(f"id2label={self.id2label} must name two labels, 0 (background) and 1 (foreground).")
         if self.num_auxiliary_classes < 0:
             raise ValueError(f"num_auxiliary_classes={self.num_auxiliary_classes} must be 0 (none) or more.")
         for name in ("drop_path_rate", "attention_block_dropout"):
@@ -308,9 +312,8 @@ class BiRefNetConfig(PreTrainedConfig):
         """As the library's, but settings given as keyword arguments are validated together with the dictionary's."""
         config_dict = {name: value for name, value in config_dict.items() if name != "bb_pretrained"}
         inherited = {field.name for field in fields(PreTrainedConfig)}
-        for field in fields(cls):
-            if field.name not in inherited and field.name in kwargs:
-                config_dict[field.name] = kwargs.pop(field.name)
+        own = {field.name for field in fields(cls)} - inherited | {"num_labels"}
+        config_dict |= {name: kwargs.pop(name) for name in own & kwargs.keys()}
         return super().from_dict(config_dict, **kwargs)
 
 

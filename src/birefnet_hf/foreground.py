@@ -4,13 +4,14 @@ Images are float tensors in [0, 1], channels first.
 """
 
 import os
+from numbers import Integral
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageOps
 
-from .image_loading import load_image
+from .image_loading import load_image, to_rgb
 
 
 # Weight of the fallback where a window holds nothing of a layer.
@@ -206,14 +207,14 @@ def parse_background(
         ValueError: neither a colour nor an image.
     """
     if isinstance(background, tuple | list):
-        if len(background) != 3 or not all(isinstance(value, int) and 0 <= value <= 255 for value in background):
+        if len(background) != 3 or not all(isinstance(value, Integral) and 0 <= value <= 255 for value in background):
             raise ValueError(f"background={tuple(background)} must be three integers from 0 to 255.")
-        return torch.tensor(background, dtype=torch.float32).view(3, 1, 1) / 255
-    if isinstance(background, str) and not os.path.exists(background):
+        return torch.tensor([int(value) for value in background], dtype=torch.float32).view(3, 1, 1) / 255
+    if isinstance(background, str) and not os.path.isfile(background):  # a folder "white" is no background
         try:
             return parse_background(ImageColor.getrgb(background)[:3])
         except ValueError as error:
-            if "://" not in background and not background.startswith("data:"):
+            if "://" not in background and not background.startswith("data:") and not os.path.exists(background):
                 raise ValueError(
                     f'background={background!r} is neither a colour (such as "white" or "#1a2b3c") nor a file.'
                 ) from error
@@ -264,7 +265,7 @@ def cut_out(image: Image.Image, alpha: Image.Image, refine: bool = True) -> Imag
     Raises:
         ValueError: the sizes differ.
     """
-    image, alpha = ImageOps.exif_transpose(image).convert("RGB"), alpha.convert("L")
+    image, alpha = to_rgb(ImageOps.exif_transpose(image)), alpha.convert("L")
     if image.size != alpha.size:
         raise ValueError(f"The image has {image.size} pixels, its alpha {alpha.size}; they must agree.")
     if refine:

@@ -18,12 +18,12 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
     infer_channel_dimension_format,
-    load_image,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, cached_file, logging, safe_load_json_file
 
 from .checkpoints_birefnet import get_checkpoint
+from .image_loading import load_image, to_rgb
 
 
 try:
@@ -135,7 +135,7 @@ def _flatten(images: Any) -> list[Any]:
     if isinstance(images, list | tuple):
         return [image for item in images for image in _flatten(item)]
     if isinstance(images, str | os.PathLike):
-        return [load_image(os.fspath(images))]
+        return [load_image(images)]
     if isinstance(images, Image.Image):
         return [images]
     if isinstance(images, np.ndarray | torch.Tensor):
@@ -251,10 +251,15 @@ class _BiRefNetImageProcessing:
                     "stored. Call `PIL.ImageOps.exif_transpose(image)` first to process it upright."
                 )
             if do_convert_rgb:
-                image = image.convert("RGB")
+                image = to_rgb(image)
         elif do_convert_rgb:
             if isinstance(image, np.ndarray):
                 image = torch.from_numpy(np.require(image, requirements=("C", "W")))
+            if image.dtype == torch.uint16:
+                raise ValueError(
+                    "An image array of 16 bits would be taken for one of 8: pass `(array / 257).round().astype('uint8')`, "
+                    "or the image's path."
+                )
             image = image[None] if image.ndim == 2 else self._channels_first(image, input_data_format)
             image = image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
             input_data_format = ChannelDimension.FIRST

@@ -685,10 +685,6 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
         super().__init__(config)
         channels = config.feature_channels
         self.backbone = BiRefNetSwinBackbone(config) if config.is_swin else build_timm_backbone(config)
-        if config.backbone.startswith("tf_efficientnet") and torch.get_default_dtype() == torch.bfloat16:
-            # bfloat16, which is loaded or built then, is too coarse for an EfficientNet: with `nano`, alpha moves by more
-            # than 2/255 for a twentieth of the pixels of photographs, and in the decoder alone for less than a thousandth.
-            self.backbone.float()
         squeeze_in_channels = channels[3] + sum(channels[3 - config.context_levels : 3])
         self.squeeze_module = nn.Sequential(
             *(self._squeeze_block(squeeze_in_channels) for _ in range(config.num_squeeze_blocks))
@@ -803,6 +799,8 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
         loss, loss_terms = None, None
         if labels is not None:
             labels = labels[:, None] if labels.dim() == 3 else labels
+            if labels.dtype == torch.bool:
+                labels = labels.to(image.dtype)  # PyTorch pads no truth values
             if labels.shape[-2:] == (height, width):
                 labels = pad_to_divisor(labels)
             loss, loss_terms = self.criterion(

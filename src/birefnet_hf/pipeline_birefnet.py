@@ -309,6 +309,14 @@ def _check_background(output_type: OutputType, background: Background | None) ->
         raise ValueError("output_type='composite' needs a `background`: a colour, an image or \"blur\".")
     if isinstance(background, str) and background != "blur":
         raise ValueError(f'background={background!r} is no tensor and not "blur"; `parse_background` reads it.')
+    if isinstance(background, torch.Tensor) and (
+        background.dim() != 3 or background.shape[0] != 3 or not background.is_floating_point()
+    ):
+        raise ValueError(
+            f"A background tensor of shape {tuple(background.shape)} and type {background.dtype} does not do: it has to "
+            "be (3, height, width) or, for a colour, (3, 1, 1), in floating point and [0, 1]. Move channels to the front "
+            "(`permute(2, 0, 1)`), and divide 8-bit values by 255."
+        )
 
 
 def _check_threshold(threshold: float) -> None:
@@ -352,7 +360,8 @@ def load_pipeline(
             Runtime); alias such as "lite" (see `checkpoints_birefnet`), of which "nano" needs no download; or a model
             object, which is put into evaluation mode.
         task: "background-removal", or "image-segmentation" for Transformers' own pipeline with its binary masks.
-        device: Where to compute; default the first CUDA or MPS device, else the CPU. A model object stays where it is.
+        device: Where to compute; default the first CUDA or MPS device, else the CPU. A model object stays where it is,
+            also in several places that `device_map` has chosen.
         dtype: Precision of the weights; default float32 on the CPU, also for a float16 file, and the file's own on
             other devices. A model object keeps its own.
         image_processor: Default the checkpoint's.
@@ -389,7 +398,10 @@ def load_pipeline(
     if not isinstance(model, str | os.PathLike):
         if patch_order not in (None, model.config.patch_order):
             raise ValueError("`patch_order` belongs to loading; this model is loaded. Pass it to `from_pretrained`.")
-        device = model.device if device is None else _find_device(device)
+        if device is not None:
+            device = _find_device(device)
+        elif getattr(model, "hf_device_map", None) is None:  # else the pipeline finds where to begin
+            device = model.device
         if dtype not in (None, "auto"):
             model.to(dtype)
         image_processor = image_processor or _image_processor_of(model, **resize)
