@@ -34,7 +34,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="convert_checkpoint.py"
     )
     parser.add_argument("input", type=Path, help=".pth, .pt, .bin or .safetensors file, or a directory with one")
-    parser.add_argument("output_dir", type=Path, help="directory to create; must not exist or be empty")
+    parser.add_argument("output_dir", type=Path, help="directory to create; new or empty")
     parser.add_argument("--patch-order", choices=["c_hg_wg", "wg_hg_c"], default="c_hg_wg", help="see the README")
     parser.add_argument(
         "--multi-scale-input",
@@ -138,6 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         overrides: dict[str, object] = {"patch_order": arguments.patch_order}
         if size is not None:
             overrides["image_size"] = size
+        if checkpoint is not None:
+            overrides["loss_task"] = checkpoint.loss_task
         if arguments.multi_scale_input is not None:
             overrides["multi_scale_input"] = arguments.multi_scale_input
         model = build(state_dict, str(weights), overrides)

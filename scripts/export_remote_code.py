@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
+from birefnet_hf.checkpoints_birefnet import resolve_checkpoint
 
 
 logger = logging.getLogger("export_remote_code")
@@ -23,8 +24,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="export_remote_code.py"
     )
-    parser.add_argument("model", help="Hub id or directory")
-    parser.add_argument("output_dir", type=Path, help="directory to create; must not exist or be empty")
+    parser.add_argument("model", help="Hub id, alias or directory")
+    parser.add_argument("output_dir", type=Path, help="directory to create; new or empty")
     parser.add_argument("--patch-order", choices=["c_hg_wg", "wg_hg_c"], help="override the model's, see the README")
     parser.add_argument("--push-to-hub", metavar="REPO_ID", help="also upload it, e.g. my-name/birefnet")
     return parser.parse_args(argv)
@@ -38,9 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("%s exists and is not empty; choose another OUTPUT_DIR.", output_dir)
         return 2
     overrides = {"patch_order": arguments.patch_order} if arguments.patch_order else {}
+    name = resolve_checkpoint(arguments.model)
     try:
-        model = BiRefNetForImageSegmentation.from_pretrained(arguments.model, **overrides)
-        processor = BiRefNetImageProcessor.from_pretrained(arguments.model)
+        model = BiRefNetForImageSegmentation.from_pretrained(name, **overrides)
+        processor = BiRefNetImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         logger.error("%s", error)
         return 1

@@ -35,7 +35,7 @@ badly: use 2 or more, or `--batch-norm frozen` (running statistics, for fine-tun
 
 Several processes: DDP works everywhere (on CPUs: `torchrun --nproc-per-node 2 scripts/train.py …`). FSDP and DeepSpeed are
 switched on by a configuration of Accelerate, such as those in scripts/accelerate/; Accelerate runs them on accelerators
-only. They need --ema-decay 0, since an average needs whole weights.
+only, and DeepSpeed has to be installed. They need --ema-decay 0, since an average needs whole weights.
 """
 
 import argparse
@@ -177,7 +177,9 @@ def build_parser() -> argparse.ArgumentParser:
         default={},
         help="JSON, or a file of it: fields of BiRefNetConfig",
     )
-    group.add_argument("--task", choices=TASKS, help="loss preset; the model's own when absent")
+    group.add_argument(
+        "--task", choices=TASKS, help="loss preset; the model's own when absent (dis where its name tells nothing)"
+    )
     group.add_argument("--freeze-backbone", action=flag, help="default: as the model's config says")
     group.add_argument("--batch-norm", choices=("train", "frozen", "sync"), default="train", help="see above")
     group.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank instead of the network")
@@ -235,7 +237,11 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--ema-decay", type=float, help="of the averaged weights, which are validated and saved; 0: none"
     )
-    group.add_argument("--last-epochs", type=int, help="with changed loss weights; a tenth, at most the task's number")
+    group.add_argument(
+        "--last-epochs",
+        type=int,
+        help="with changed loss weights; when absent a tenth of --epochs, in the upstream recipe as many as the task's own",
+    )
     group.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), help="Accelerate's own when absent")
 
     group = parser.add_argument_group("output")

@@ -95,6 +95,12 @@ def test_aliases_resolve_unless_something_local_has_the_name(tmp_path, monkeypat
     assert get_checkpoint("lite") is None
 
 
+def test_training_recipes_follow_from_the_purpose():
+    expected = {"general": "general", "lite-matting": "matting", "portrait": "matting", "dis": "dis", "cod": "cod"}
+    expected |= {"hrsod": "hrsod", "rmbg": "general"}
+    assert {alias: get_checkpoint(alias).loss_task for alias in expected} == expected
+
+
 def test_needs_nothing_but_the_standard_library():
     import birefnet_hf.checkpoints_birefnet as module
 

@@ -97,9 +97,9 @@ def test_released_repository(hub, tmp_path):
     config = f"""
         from birefnet_hf import BiRefNetConfig
         config = BiRefNetConfig.from_pretrained("{REPOSITORY}")
-        print(config.backbone, config.embed_dim, config.image_size)
+        print(config.backbone, config.embed_dim, config.image_size, config.loss_task)
     """
-    assert run(config, hub, tmp_path / "home") == "swin 8 (512, 512)"
+    assert run(config, hub, tmp_path / "home") == "swin 8 (512, 512) general"
     weights = [(command, part) for command, path, part in hub.log if path.endswith("model.safetensors")]
     assert weights and all(command == "HEAD" or part for command, part in weights), "the whole file was fetched"
 

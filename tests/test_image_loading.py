@@ -121,8 +121,18 @@ def test_arrays():
     for wrong in (array.astype(np.int64), array * 1.0, array.transpose(2, 0, 1)[None], array[:0], array[..., :2]):
         with pytest.raises(ImageLoadError):
             load_image(wrong)
+    with pytest.raises(TypeError, match="not as TextIOWrapper"), open(__file__, encoding="utf-8") as text:
+        load_image(text)
     with pytest.raises(TypeError, match="not as int"):
         load_image(3)
+
+
+def test_open_files(tmp_path):
+    picture().save(tmp_path / "a.png")
+    expected = np.asarray(picture())
+    with open(tmp_path / "a.png", "rb") as opened:
+        np.testing.assert_array_equal(np.asarray(load_image(opened)), expected)
+    np.testing.assert_array_equal(np.asarray(load_image(io.BytesIO(encoded(picture())))), expected)
 
 
 def test_bytes_and_data_urls():

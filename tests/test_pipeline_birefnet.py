@@ -5,6 +5,7 @@ import logging
 import weakref
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -352,6 +353,24 @@ def library_log(caplog):
     with caplog.at_level(logging.WARNING):
         yield caplog
     transformers_logging.disable_propagation()
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"patch_order": "wg_hg_c"}])
+def test_what_an_exported_directory_does_not_have_is_refused(options, tmp_path):
+    (tmp_path / "model.onnx").touch()
+    with pytest.raises(ValueError, match="is exported: leave out"):
+        load_pipeline(str(tmp_path), **options)
+
+
+def test_files_and_columns_of_datasets(pipe, tmp_path):
+    photo().save(tmp_path / "a.png")
+    expected = np.asarray(pipe(photo()))
+    with open(tmp_path / "a.png", "rb") as opened:
+        np.testing.assert_array_equal(np.asarray(pipe(opened)), expected)
+    column = datasets.Dataset.from_dict({"image": [photo()] * 2})["image"]
+    results = list(pipe(column))
+    assert len(results) == 2
+    np.testing.assert_array_equal(np.asarray(results[0]), expected)
 
 
 def test_registered_task(tiny_model_dir, library_log):

@@ -37,6 +37,7 @@ def as_parameters(texts: list[str]) -> list:
 @pytest.fixture
 def workplace(tmp_path, tiny_model_dir, monkeypatch):
     """A folder with the files that the README names; returns a function that puts nano into a text."""
+    import av
     import torch
     from safetensors.torch import load_file
 
@@ -54,9 +55,13 @@ def workplace(tmp_path, tiny_model_dir, monkeypatch):
             cutout = photo.convert("RGB").resize((113, 75))
             cutout.putalpha(Image.radial_gradient("L").resize((113, 75)).point(lambda level: 255 - level))
             cutout.save(tmp_path / "cutouts" / f"{number}.png")
+    with av.open(tmp_path / "clip.mp4", "w") as clip, Image.open(tmp_path / "photo.jpg") as photo:
+        stream = clip.add_stream("libx264", rate=5, width=112, height=74, pix_fmt="yuv420p")
+        frame = av.VideoFrame.from_image(photo.crop((0, 0, 112, 74)))
+        clip.mux([*stream.encode(frame), *stream.encode(None)])
     (tmp_path / "my-birefnet").symlink_to(tiny_model_dir)
     torch.save(load_file(tiny_model_dir / "model.safetensors"), tmp_path / "epoch_244.pth")
-    return lambda text: text.replace("ZhengPeng7/BiRefNet", NANO)
+    return lambda text: re.sub('ZhengPeng7/BiRefNet|(?<=")lite(?=")', NANO, text)
 
 
 def test_the_readme_has_what_is_tested():
@@ -81,6 +86,7 @@ def test_commands(command, workplace, tiny_model_dir):
             arguments[arguments.index("--model") + 1] = str(tiny_model_dir)
         elif "--help" not in arguments:
             arguments += ["--model", str(tiny_model_dir)]
+        arguments = [argument.replace("2560x1440", "64x32") for argument in arguments]
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
     elif "export_remote_code.py" in arguments[0]:  # it changes how its process saves models

@@ -112,7 +112,7 @@ def test_mp4_shows_the_new_background_and_keeps_sound_and_length(tmp_path):
         source,
         tmp_path / "out.mp4",
         brightness_mask,
-        background=torch.tensor([0.0, 1.0, 0.0]).view(3, 1, 1),
+        background="#00ff00",
         threshold=0.5,
         progress=lambda count, total: done.append((count, total)),
     )

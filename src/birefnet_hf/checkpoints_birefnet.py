@@ -49,6 +49,11 @@ class Checkpoint:
         return self.hub_id.split("/")[-1]
 
     @property
+    def loss_task(self) -> str:
+        """The training recipe that fits the weights' purpose, as in the model configuration."""
+        return _TASKS.get(self.purpose, "general")
+
+    @property
     def processor_size(self) -> dict[str, int]:
         """The `size` of an image processor for this checkpoint."""
         if self.size is not None:
@@ -56,6 +61,14 @@ class Checkpoint:
         return {"shortest_edge": self.size_range[0], "longest_edge": self.size_range[1]}
 
 
+# Other purposes are trained for like "general".
+_TASKS = {
+    "matting": "matting",
+    "portrait matting": "matting",
+    "dichotomous segmentation": "dis",
+    "camouflaged objects": "cod",
+    "salient objects": "hrsod",
+}
 _LITE = {"backbone": "swin_v1_t"}
 _HIGH_RESOLUTION = {"size": (2048, 2048)}
 _DYNAMIC = {"size": None, "size_range": (256, 2304)}

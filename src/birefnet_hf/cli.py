@@ -359,8 +359,9 @@ def remove_backgrounds(
     background: Annotated[
         str | None,
         typer.Option(
-            metavar="COLOUR|IMAGE",
-            help="Put the foreground on a colour (white, '#00ff00') or an image file, scaled to cover.",
+            metavar="COLOUR|IMAGE|blur",
+            help="Put the foreground on a colour (white, '#00ff00'), an image (file or URL), scaled to cover, or 'blur': the "
+            "image's own background out of focus.",
             rich_help_panel="Result",
         ),
     ] = None,
@@ -398,7 +399,8 @@ def remove_backgrounds(
         str | None,
         typer.Option(
             metavar="SIDE|WIDTHxHEIGHT",
-            help="Size at which the network sees images. Default: the one the model was trained for.",
+            help="Size at which the network sees images, width first, multiples of 32. Default: what the model was "
+            "trained for.",
             rich_help_panel="Model",
         ),
     ] = None,

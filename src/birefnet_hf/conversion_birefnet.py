@@ -138,7 +138,7 @@ def is_released_config(config_dict: Mapping[str, Any]) -> bool:
 
 
 def released_config_dict(config_dict: Mapping[str, Any], name_or_path: str, **hub_kwargs) -> dict[str, Any]:
-    """Settings of a released checkpoint: architecture from its tensors, image size from the table of known ids.
+    """Settings of a released checkpoint: architecture from its tensors, image size and task from the table of known ids.
 
     Args:
         config_dict: The checkpoint's own config.json; of it only dtype and label names are kept. Its `auto_map` and
@@ -157,8 +157,10 @@ def released_config_dict(config_dict: Mapping[str, Any], name_or_path: str, **hu
     settings.update(infer_architecture(shapes, source=name_or_path))
     settings.update(model_type="birefnet", architectures=["BiRefNetForImageSegmentation"])
     checkpoint = get_checkpoint(name_or_path)
-    if checkpoint is not None and checkpoint.size is not None:
-        settings["image_size"] = checkpoint.size
+    if checkpoint is not None:
+        settings["loss_task"] = checkpoint.loss_task
+        if checkpoint.size is not None:
+            settings["image_size"] = checkpoint.size
     return settings
 
 

@@ -5,6 +5,7 @@ Images are float tensors in [0, 1], channels first.
 
 import os
 from numbers import Integral
+from typing import Literal
 
 import numpy as np
 import torch
@@ -191,13 +192,14 @@ def _double(layers: torch.Tensor, y: int, x: int, height: int, width: int) -> to
 
 
 def parse_background(
-    background: str | os.PathLike[str] | tuple[int, int, int] | Image.Image | np.ndarray, timeout: float | None = None
-) -> torch.Tensor:
+    background: str | os.PathLike[str] | bytes | tuple[int, int, int] | Image.Image | np.ndarray | torch.Tensor,
+    timeout: float | None = None,
+) -> torch.Tensor | Literal["blur"]:
     """Reads a background that a user names.
 
     Args:
         background: A colour, as a name or code that PIL knows ("white", "#1a2b3c", "rgb(10, 20, 30)") or as three
-            integers in [0, 255]; or an image, as `load_image` takes it.
+            integers in [0, 255]; or an image, as `load_image` takes it. "blur" and tensors are returned as they are.
         timeout: Seconds that fetching a URL may take.
 
     Returns:
@@ -206,6 +208,8 @@ def parse_background(
     Raises:
         ValueError: neither a colour nor an image.
     """
+    if isinstance(background, torch.Tensor) or (isinstance(background, str) and background == "blur"):
+        return background
     if isinstance(background, tuple | list):
         if len(background) != 3 or not all(isinstance(value, Integral) and 0 <= value <= 255 for value in background):
             raise ValueError(f"background={tuple(background)} must be three integers from 0 to 255.")

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 logger = logging.getLogger(__name__)
 
-ImageSource = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+ImageSource = str | os.PathLike[str] | bytes | io.IOBase | Image.Image | np.ndarray
 
 DEFAULT_TIMEOUT = 30.0
 MAX_DOWNLOAD_BYTES = 50 * 2**20
@@ -59,8 +59,8 @@ def load_image(
     are scaled to 8 bits, of animations the first frame is taken.
 
     Args:
-        source: Path; http, https or data URL; the bytes of a file; PIL image of any mode; array H×W, H×W×1, H×W×3 or
-            H×W×4, uint8, bool, or float in [0, 1].
+        source: Path; http, https or data URL; an open binary file or its bytes; PIL image of any mode; array H×W, H×W×1,
+            H×W×3 or H×W×4, uint8, bool, or float in [0, 1].
         timeout: Seconds that fetching a URL may take in all, 30 by default.
         max_bytes: Largest file that is fetched.
         max_pixels: Largest image that is decoded; by default Pillow's own limit against decompression bombs, 179 million.
@@ -73,12 +73,17 @@ def load_image(
         ImageLoadError: there is no such file or address, or it holds no whole image.
         TypeError: `source` is none of the above.
     """
-    if not isinstance(source, str | os.PathLike | bytes | Image.Image | np.ndarray):
-        raise TypeError(f"An image is given as path, URL, bytes, PIL image or array, not as {type(source).__name__}.")
+    known = str | os.PathLike | bytes | io.IOBase | Image.Image | np.ndarray
+    if not isinstance(source, known) or isinstance(source, io.TextIOBase):
+        raise TypeError(
+            f"An image is given as path, URL, binary file, bytes, PIL image or array, not as {type(source).__name__}."
+        )
     name = "the image"
     try:
         if isinstance(source, np.ndarray):
             return _from_array(source)
+        if isinstance(source, io.IOBase):
+            source = source.read()
         if isinstance(source, str) and urlsplit(source).scheme in ("http", "https"):
             name = source
             source = fetch(source, timeout=timeout, max_bytes=max_bytes, allow_private=allow_private)

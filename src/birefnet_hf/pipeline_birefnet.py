@@ -1,17 +1,18 @@
 """Background removal as a pipeline: any image in; soft mask, cut-out or composite out, at the image's own size."""
 
 import difflib
+import io
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import ImageSegmentationPipeline, Pipeline
 from transformers.utils import logging
 
@@ -81,9 +82,9 @@ class BackgroundRemovalPipeline(Pipeline):
         """Removes the background of one or many images.
 
         Args:
-            inputs: An image: path, URL (public addresses only, see `load_image`), PIL image of any mode, array (H×W or H×W×channels); or a list or tuple of them,
-                an iterator, or a torch `Dataset` (for a `datasets.Dataset`,
-                `transformers.pipelines.pt_utils.KeyDataset(dataset, "image")`). EXIF orientation is applied.
+            inputs: An image: path, URL (public addresses only, see `load_image`), the bytes of a file or an open binary
+                file, PIL image of any mode, array (H×W or H×W×channels); or a list or tuple of them, an iterator, a
+                column of a `datasets.Dataset` (`dataset["image"]`), or a torch `Dataset`. EXIF orientation is applied.
             **kwargs: For this call only; given to the constructor they are the defaults of all calls.
 
                 - output_type: `"cutout"` (default), the RGBA image with alpha as its fourth channel; `"mask"`, alpha as
@@ -112,8 +113,10 @@ class BackgroundRemovalPipeline(Pipeline):
         """
         if isinstance(inputs, tuple):
             inputs = list(inputs)
-        elif isinstance(inputs, Iterator):
-            inputs = _Stream(inputs)
+        elif isinstance(inputs, Iterator | Sequence) and not isinstance(
+            inputs, list | str | bytes | io.IOBase | Dataset
+        ):
+            inputs = _Stream(iter(inputs))
         if isinstance(inputs, list) and not inputs:
             return []
         return super().__call__(inputs, **kwargs)
@@ -137,8 +140,7 @@ class BackgroundRemovalPipeline(Pipeline):
                     "`output_type` (it is then 'composite')."
                 )
             output_type = "composite"
-            if not isinstance(background, torch.Tensor) and not (isinstance(background, str) and background == "blur"):
-                background = parse_background(background, timeout=timeout)
+            background = parse_background(background, timeout=timeout)
         output = {"output_type": output_type} if output_type is not None else {}
         preprocess = {**output, "size": size, "timeout": timeout}
         forward = {**output, "background": background, "refine": refine_foreground, "threshold": threshold}
@@ -357,7 +359,7 @@ def load_pipeline(
 
     Args:
         model: Hub id; directory, released, written by `save_pretrained` or by scripts/export_onnx.py (which runs in ONNX
-            Runtime); alias such as "lite" (see `checkpoints_birefnet`), of which "nano" needs no download; or a model
+            Runtime on the CPU, in the precision and at the size that it was exported with); alias such as "lite" (see `checkpoints_birefnet`), of which "nano" needs no download; or a model
             object, which is put into evaluation mode.
         task: "background-removal", or "image-segmentation" for Transformers' own pipeline with its binary masks.
         device: Where to compute; default the first CUDA or MPS device, else the CPU. A model object stays where it is,
@@ -375,8 +377,8 @@ def load_pipeline(
         A [`BackgroundRemovalPipeline`] or `transformers.ImageSegmentationPipeline`.
 
     Raises:
-        ValueError: unknown task, device or dtype, a device that is not there, a size that is no multiple of 32, or what
-            is neither a model's directory nor a name.
+        ValueError: unknown task, device or dtype, a device that is not there, a size that is no multiple of 32, what is
+            neither a model's directory nor a name, or options that an exported directory does not have.
         OSError: there is no such model on the Hub, no connection, or its files cannot be read.
     """
     pipeline_classes = {
@@ -408,6 +410,10 @@ def load_pipeline(
     else:
         name = resolve_checkpoint(os.fspath(model))
         _check_name(name)
+        if _is_exported(name) and (dtype is not None or patch_order is not None):
+            raise ValueError(
+                f"{name} is exported: leave out `dtype` and `patch_order`, which are what they were then."
+            )
         device = _find_device(device)
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else "auto"
@@ -421,6 +427,12 @@ def load_pipeline(
         if image_processor is None:
             image_processor = BiRefNetImageProcessor.from_pretrained(name, **hub_options, **resize)
         if _is_exported(name):
+            if device.type != "cpu":
+                logger.warning(
+                    "%s is exported and runs on the CPU. For a GPU pass a model object: "
+                    'BiRefNetOnnxForImageSegmentation.from_pretrained(directory, providers=["CUDAExecutionProvider"]).',
+                    name,
+                )
             device = torch.device("cpu")
             model = BiRefNetOnnxForImageSegmentation.from_pretrained(name, **hub_options)
         else:

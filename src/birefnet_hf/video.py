@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from PIL import Image
 
-from .pipeline_birefnet import Background, render_picture
+from .foreground import parse_background
+from .pipeline_birefnet import render_picture
 
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def cut_out_video(
     target: str | os.PathLike[str],
     pipe: "BackgroundRemovalPipeline",
     *,
-    background: Background | None = None,
+    background: Any = None,
     refine: bool = True,
     mask_only: bool = False,
     smoothing: float = 0.0,
@@ -139,7 +140,8 @@ def cut_out_video(
         target: File to write, whole or not at all: .webm (VP9 with alpha), .mov (ProRes 4444 with alpha) or .mp4
             (H.264, no alpha: needs a background or `mask_only`). An odd last row or column is cut off.
         pipe: What computes the masks, see `load_pipeline`.
-        background: As `parse_background` gives it; "blur" for the blurred frame; None for transparency.
+        background: A colour or an image, as `parse_background` takes it; "blur" for the blurred frame; None for
+            transparency.
         refine: Whether to estimate the foreground's colours, see `refine_foreground`.
         mask_only: Whether to write alpha itself, in grey.
         smoothing: Share of the frames before in each mask, in [0, 1); 0.5 calms flicker and lags a little. Starts
@@ -165,6 +167,8 @@ def cut_out_video(
         raise ValueError(f"{target.name}: videos are written as .webm, .mov or .mp4.")
     if background is None and not mask_only and not encoding.has_alpha:
         raise ValueError("MP4 has no transparency; choose a background, or .webm or .mov.")
+    if background is not None:
+        background = parse_background(background)
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing={smoothing} must lie in [0, 1).")
     info = probe_video(source, max_seconds=max_seconds, max_pixels=max_pixels)
