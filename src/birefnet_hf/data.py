@@ -737,7 +737,7 @@ class TrainingBatchSampler:
         size: (height, width) of all batches; the processor's when absent.
         size_range: ((least height, most height), (least width, most width)) instead: each batch draws both sides, and
             rounds them down to multiples of 32. Upstream's dynamic checkpoint was trained with 256..2304 for both.
-        num_processes: number of processes that share the batches.
+        num_processes: number of processes that share the batches, times that of the batches that make a step.
         shuffle: False keeps the order of the dataset.
         seed: of all chance, not negative.
 
@@ -766,8 +766,8 @@ class TrainingBatchSampler:
             )
         if length < batch_size * num_processes:
             raise ValueError(
-                f"{length} samples do not make one batch of {batch_size} for each of {num_processes} process(es): "
-                "use a smaller batch or more data."
+                f"{length} samples do not make one batch of {batch_size} for each process and each accumulated batch "
+                f"({num_processes} in all): use smaller batches, accumulate fewer, or bring more data."
             )
         self.length = length
         self.batch_size = batch_size
