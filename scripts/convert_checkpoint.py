@@ -10,6 +10,7 @@ so that other BiRefNet tools keep loading them, config.json and preprocessor_con
 """
 
 import argparse
+import json
 import logging
 import shutil
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageSegmentation
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
 from birefnet_hf.checkpoints_birefnet import get_checkpoint
@@ -35,7 +37,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("input", type=Path, help=".pth, .pt, .bin or .safetensors file, or a directory with one")
     parser.add_argument("output_dir", type=Path, help="directory to create; new or empty")
-    parser.add_argument("--patch-order", choices=["c_hg_wg", "wg_hg_c"], default="c_hg_wg", help="see the README")
+    parser.add_argument(
+        "--patch-order", choices=["c_hg_wg", "wg_hg_c"], help="see the README; else a saved model's own, or c_hg_wg"
+    )
     parser.add_argument(
         "--multi-scale-input",
         choices=["none", "add", "cat"],
@@ -46,7 +50,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         nargs=2,
         metavar=("HEIGHT", "WIDTH"),
-        help="input size; known names have theirs, else 1024²",
+        help="input size; saved models and known names have theirs, else 1024²",
     )
     parser.add_argument(
         "--verify", action="store_true", help="also compare the logits of a test picture before and after"
@@ -73,6 +77,18 @@ def find_weights(path: Path) -> Path:
             f"{[file.name for file in candidates]}."
         )
     return candidates[0]
+
+
+def own_settings(path: Path) -> dict[str, object]:
+    """What a directory that `save_pretrained` wrote says about its network beyond the tensors; nothing of other inputs."""
+    try:
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if settings.get("model_type") != BiRefNetConfig.model_type:
+        return {}
+    names = ("patch_order", "image_size", "loss_task", "multi_scale_input")
+    return {name: settings[name] for name in names if name in settings}
 
 
 def build(
@@ -134,24 +150,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights = find_weights(arguments.input)
         state_dict = load_state_dict_file(weights)
         checkpoint = get_checkpoint(str(arguments.input))
-        size = tuple(arguments.size) if arguments.size else checkpoint.size if checkpoint else None
-        overrides: dict[str, object] = {"patch_order": arguments.patch_order}
-        if size is not None:
-            overrides["image_size"] = size
+        overrides = own = own_settings(arguments.input)
         if checkpoint is not None:
-            overrides["loss_task"] = checkpoint.loss_task
-        if arguments.multi_scale_input is not None:
-            overrides["multi_scale_input"] = arguments.multi_scale_input
-        model = build(state_dict, str(weights), overrides)
+            overrides = {"image_size": checkpoint.size, "loss_task": checkpoint.loss_task} | overrides
+        given = {
+            "image_size": arguments.size and tuple(arguments.size),
+            "patch_order": arguments.patch_order,
+            "multi_scale_input": arguments.multi_scale_input,
+        }
+        overrides = overrides | {name: value for name, value in given.items() if value is not None}
+        size = overrides.get("image_size")
+        model = build(
+            state_dict, str(weights), {name: value for name, value in overrides.items() if value is not None}
+        )
+        if own and arguments.size is None and (arguments.input / IMAGE_PROCESSOR_NAME).is_file():
+            processor = BiRefNetImageProcessor.from_pretrained(arguments.input)
+        elif size is not None:
+            processor = BiRefNetImageProcessor(size={"height": size[0], "width": size[1]})
+        elif checkpoint is not None:
+            processor = BiRefNetImageProcessor(size=checkpoint.processor_size)
+        else:
+            processor = BiRefNetImageProcessor()
     except (OSError, ValueError) as error:
         logger.error("%s", error)
         return 1
-    if size is not None:
-        processor = BiRefNetImageProcessor(size={"height": size[0], "width": size[1]})
-    elif checkpoint is not None:
-        processor = BiRefNetImageProcessor(size=checkpoint.processor_size)
-    else:
-        processor = BiRefNetImageProcessor()
     logger.info(
         "%s: %s, %.1f million parameters, %s, input %s.",
         weights.name,

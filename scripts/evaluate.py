@@ -213,8 +213,10 @@ def load_data(
     )
     if arguments.limit:
         pairs = pairs.select(range(min(arguments.limit, len(pairs))))
-    files = [file for row in pairs.with_format(None) for file in row.values() if isinstance(file, dict)]
-    folders = {Path(file["path"]).resolve().parent for file in files if file["bytes"] is None}
+    files = (file for row in pairs.with_format(None) for file in row.values() if isinstance(file, dict))
+    folders = {
+        Path(folder).resolve() for folder in {Path(file["path"]).parent for file in files if file["bytes"] is None}
+    }
     folders |= {Path(folder).resolve() for folder in (arguments.predictions, arguments.backgrounds) if folder}
     for folder in (arguments.output_dir, arguments.save_predictions):
         if folder is not None and folder.resolve() in folders:
@@ -236,7 +238,7 @@ def read_sample(
     sample = Sample(index, names[index], row["image"], np.asarray(row["mask"]))
     if predictions is not None:
         try:
-            sample.prediction = np.asarray(load_mask(predictions[index]))
+            sample.prediction = np.asarray(load_mask(predictions[index], is_prediction=True))
         except ImageLoadError as error:
             raise ImageLoadError(f"{predictions[index]}: {error}") from error
     return sample

@@ -9,7 +9,9 @@ transformers, and timm where the backbone is timm's.
 
 import argparse
 import logging
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,8 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     BiRefNetConfig.register_for_auto_class()
     BiRefNetForImageSegmentation.register_for_auto_class("AutoModelForImageSegmentation")
     BiRefNetImageProcessor.register_for_auto_class()
-    model.save_pretrained(output_dir)
-    processor.save_pretrained(output_dir)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    # Nothing appears under OUTPUT_DIR until it is complete.
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as staging:
+        folder = Path(staging) / "model"
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        if output_dir.exists():
+            output_dir.rmdir()
+        shutil.move(folder, output_dir)
     logger.info("Saved %s with %d code files.", output_dir, len(list(output_dir.glob("*.py"))))
     if arguments.push_to_hub:
         model.push_to_hub(arguments.push_to_hub)

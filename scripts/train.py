@@ -60,6 +60,7 @@ from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast, set_seed
 from huggingface_hub import HfApi
 from PIL import Image
+from safetensors import SafetensorError
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -365,7 +366,9 @@ class Run:
         """The best validation so far; the earlier one of equals."""
         name = self.arguments.best_metric
         sign = 1 if (OWN_METRICS | METRICS)[name].higher_is_better else -1
-        return max(self.history, key=lambda record: sign * record[name])
+        # What is measured may have changed since the run was interrupted.
+        measured = [record for record in self.history if name in record]
+        return max(measured, key=lambda record: sign * record[name]) if measured else self.history[-1]
 
 
 def load_data(
@@ -396,6 +399,10 @@ def load_data(
         rows = load_pairs(**source, **columns, compositor=compositor, check="off", on_bad=arguments.on_bad_data)
         order = np.random.default_rng(0).permutation(len(rows))
         held_out = max(1, round(arguments.validation_fraction * len(rows)))
+        if held_out >= len(rows):
+            raise ValueError(
+                f"{len(rows)} sample(s) cannot be divided: bring more data, or leave out --validation-fraction."
+            )
         training, validation = (
             load_pairs(rows.select(np.sort(part)), compositor=composing, **options)
             for part, composing in ((order[held_out:], compositor), (order[:held_out], measuring))
@@ -485,6 +492,13 @@ def set_up(arguments: argparse.Namespace, accelerator: Accelerator) -> Run:
         TrainingError: about a checkpoint to resume from.
     """
     set_seed(arguments.seed)
+    for name in ("data", "masks", "validation_data", "validation_masks", "backgrounds", "model"):
+        given = getattr(arguments, name)
+        if given and Path(given).exists() and Path(given).resolve() == arguments.output_dir.resolve():
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"--output-dir {given} is {option}, which the result would overwrite: choose another folder."
+            )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         if arguments.ema_decay:
             raise ValueError(
@@ -558,7 +572,9 @@ def set_up(arguments: argparse.Namespace, accelerator: Accelerator) -> Run:
         loader=loader,
         validation_loader=None
         if validation is None
-        else validation_loader(validation, processor, accelerator, arguments.num_workers),
+        else validation_loader(
+            validation, processor, accelerator, arguments.num_workers, arguments.on_bad_data == "skip"
+        ),
         steps_per_epoch=len(sampler) // sampler.num_processes,
     )
 
@@ -586,7 +602,13 @@ def resume(run: Run) -> None:
         checkpoint = Path(arguments.resume)
     if checkpoint is not None:
         state = read_checkpoint(checkpoint, run.settings, architecture(run.config))
+        rates = [
+            {name: group[name] for name in ("initial_lr", "weight_decay")} for group in run.optimizer.param_groups
+        ]
         accelerator.load_state(str(checkpoint))
+        # The optimiser's state brings its own, which would win over what was changed on the command line.
+        for group, own in zip(run.optimizer.param_groups, rates, strict=True):
+            group.update(own)
         run.step, run.history, run.seconds = state["step"], state["history"], state["seconds"]
         logger.info("Continuing from %s, after step %d of %d.", checkpoint, run.step, run.total_steps)
     if accelerator.is_main_process:
@@ -668,9 +690,12 @@ def train(run: Run) -> None:
                     log_step(run, meter, norm, progress)
                     meter = Meter()
                 paused = time.monotonic()
+                saves = is_due(run, arguments.checkpoint_steps)
+                if meter.batches and saves:
+                    check_finite(run, meter.means(accelerator)["loss"], norm)
                 if run.validation_loader is not None and is_due(run, arguments.validation_steps):
                     validate(run)
-                if is_due(run, arguments.checkpoint_steps):
+                if saves:
                     checkpoint(run)
                 meter.since += time.monotonic() - paused
 
@@ -738,6 +763,19 @@ def train_batch(
     return outputs, norm
 
 
+def check_finite(run: Run, loss: float, norm: torch.Tensor | None) -> None:
+    """Raises TrainingError before anything is saved that has learned from infinite numbers.
+
+    Under fp16 the scaled gradient may overflow now and then: such a step is left out.
+    """
+    overflows = norm is not None and run.accelerator.mixed_precision != "fp16" and not math.isfinite(float(norm))
+    if overflows or not math.isfinite(loss):
+        raise TrainingError(
+            f"The loss is {loss} at step {run.step}{', its gradient infinite' if overflows else ''}. Continue from an "
+            "earlier checkpoint (--resume FOLDER) with a lower --learning-rate or --max-grad-norm or, with fp16, bf16."
+        )
+
+
 def log_step(run: Run, meter: Meter, norm: torch.Tensor | None, progress: tqdm) -> None:
     """Logs loss, its terms, learning rate, gradient and speed.
 
@@ -745,11 +783,7 @@ def log_step(run: Run, meter: Meter, norm: torch.Tensor | None, progress: tqdm) 
         TrainingError: the loss is not finite.
     """
     values = {f"train/{name}": value for name, value in meter.means(run.accelerator).items()}
-    if not math.isfinite(values["train/loss"]):
-        raise TrainingError(
-            f"The loss is {values['train/loss']} at step {run.step}. Try a lower --learning-rate or --max-grad-norm or, "
-            "with fp16, bf16. Checkpoints from before are intact."
-        )
+    check_finite(run, values["train/loss"], norm)
     images = meter.batches * run.arguments.batch_size * run.accelerator.num_processes
     values["train/images_per_second"] = images / (time.monotonic() - meter.since)
     values["train/learning_rate"] = run.optimizer.param_groups[0]["lr"]
@@ -772,7 +806,7 @@ def validate(run: Run) -> None:
             broadcast(buffer)
     summary, pictures = measure(
         model,
-        run.validation_loader,
+        read(run.validation_loader),
         run.processor,
         accelerator,
         metrics=arguments.metrics,
@@ -830,7 +864,8 @@ def save_model(run: Run, folder: Path) -> None:
                 copy.deepcopy(network).merge_and_unload().save_pretrained(staging)
             run.processor.save_pretrained(staging)
             (staging / "README.md").write_text(write_card(run), encoding="utf-8")
-    except OSError as error:
+    # Of the same kinds as when a checkpoint cannot be saved.
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise TrainingError(
             f"The model could not be saved in {folder} ({error}). Checkpoints are intact: make room, then --resume."
         ) from error
@@ -880,10 +915,10 @@ def write_card(run: Run) -> str:
     ]
     if run.history:
         rows = {"before training": run.history[0], "best": run.best, "last": run.history[-1]}
-        names = [name for name in run.history[0] if name != "step"]
+        names = list(dict.fromkeys(name for record in rows.values() for name in record if name != "step"))
         lines += ["| | step | " + " | ".join(names) + " |", "|" + "---|" * (len(names) + 2)]
         for title, record in rows.items():
-            numbers = " | ".join(f"{record[name]:.4f}" for name in names)
+            numbers = " | ".join(f"{record[name]:.4f}" if name in record else "–" for name in names)
             lines.append(f"| {title} | {record['step']} | {numbers} |")
         lines += ["", f"Best by {arguments.best_metric}. On the validation data, at the masks' own sizes:", ""]
         own = {"loss": f"the {run.task} preset on the last output"}

@@ -239,6 +239,20 @@ def test_conversion_script_on_released_directory(released_dir, tmp_path):
     assert run_script("convert_checkpoint.py", tmp_path / "nowhere.pth", tmp_path / "other") == 1
 
 
+def test_conversion_script_on_a_saved_directory_keeps_its_settings(tiny_model_dir, tmp_path):
+    source = tmp_path / "source"
+    settings = {"patch_order": "wg_hg_c", "loss_task": "matting"}
+    BiRefNetForImageSegmentation.from_pretrained(tiny_model_dir, **settings).save_pretrained(source)
+    BiRefNetImageProcessor(size={"height": 32, "width": 96}).save_pretrained(source)
+    assert run_script("convert_checkpoint.py", source, tmp_path / "converted") == 0
+    before, after = (
+        AutoModelForImageSegmentation.from_pretrained(tmp_path / name).config for name in ("source", "converted")
+    )
+    assert after.patch_order == "wg_hg_c" and after.loss_task == "matting"
+    assert after.image_size == before.image_size == (64, 64)
+    assert dict(AutoImageProcessor.from_pretrained(tmp_path / "converted").size) == {"height": 32, "width": 96}
+
+
 def test_remote_code_loads_without_the_package(tiny_model_dir, tmp_path):
     """Model, processor and stock pipeline in a process that cannot import birefnet_hf, bit-equal."""
     exported = tmp_path / "exported"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from accelerate.state import PartialState
@@ -113,6 +114,15 @@ def test_masks_as_predictions_are_perfect(data, tmp_path):
         if not name.startswith("mean_"):  # over thresholds, of which the last makes all foreground
             best = 1 if METRICS[name].higher_is_better else 0
             assert value == pytest.approx(best, abs=1e-3), name
+
+
+def test_nearly_black_predictions_stay_so(data, tmp_path):
+    """Nothing found is not everything found: a mask of 0 and 1 among the masks means something else."""
+    for name in SIZES:
+        Image.fromarray(np.uint8(read(data / "gt", name) > 128)).save(data / "pred" / f"{name}.png")
+    assert run(data, tmp_path / "out", "--metrics", "mae") == 0
+    expected = [compute_metrics(np.uint8(mask > 128), mask) for mask in (read(data / "gt", name) for name in SIZES)]
+    assert values(tmp_path / "out")["mae"] == pytest.approx(summarize(expected)["mae"])
 
 
 def test_contact_sheet_shows_the_worst_first(data, tmp_path):
@@ -269,6 +279,17 @@ def test_results_never_replace_data(data, tiny_model_dir, tmp_path, caplog):
     assert run(data, data / "pred") == 1
     assert caplog.text.count("choose another folder") == 3
     assert {path: path.read_bytes() for path in data.rglob("*.*")} == before
+
+
+def test_embedded_images_of_one_name_are_refused(data, tmp_path, caplog):
+    image, mask = ((data / kind / name).read_bytes() for kind, name in (("im", "b.jpg"), ("gt", "b.png")))
+    rows = {"image": [{"path": "image.jpg", "bytes": image}] * 2, "mask": [{"path": "mask.png", "bytes": mask}] * 2}
+    features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
+    saved = tmp_path / "saved"
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(saved)
+    argv = ["--data", str(saved), "--predictions", str(data / "pred"), "--device", "cpu", "--num-workers", "0"]
+    assert evaluate.main(argv) == 1
+    assert "Several images in the dataset are called image.jpg" in caplog.text
 
 
 def test_images_of_one_name_are_refused(data, tmp_path, caplog):

@@ -483,6 +483,64 @@ def test_damaged_image_in_the_middle_of_an_epoch(damaged_pairs, tmp_path, messag
     assert 0 < len(done) < 4 == len(logged(tmp_path / "run"))
 
 
+def test_damaged_image_among_those_of_validation(pairs, damaged_pairs, tmp_path, messages):
+    argv = arguments(pairs, tmp_path / "run", "--epochs", 1, "--validation-data", damaged_pairs)
+    assert train.main(argv) == 1
+    assert "5.png" in messages.text and "--on-bad-data skip" in messages.text
+    messages.clear()
+    assert train.main([*argv, "--on-bad-data", "skip"]) == 0
+    assert "Replaced by the next sample" in messages.text and "5.png" in messages.text
+
+
+def test_resumed_from_an_earlier_checkpoint(pairs, tmp_path):
+    """The line that was left gives way, changed settings hold, and what was not measured before is no obstacle."""
+    run = tmp_path / "run"
+    more = ["--checkpoint-steps", 1, "--keep-checkpoints", 3, "--validation-fraction", 0.2, "--ema-decay", 0]
+    assert train.main(arguments(pairs, run, *more, "--metrics", "mae", "max_f")) == 0
+    *_, before, last = list_checkpoints(run / "checkpoints")
+    steps, weights = int(last.name[-8:]), load_file(run / "model.safetensors")
+    again = ["--resume", before, "--metrics", "s_measure", "--best-metric", "s_measure"]
+    assert train.main(arguments(pairs, run, *more, *again)) == 0
+    assert [int(path.name[-8:]) for path in list_checkpoints(run / "checkpoints")] == [steps - 2, steps - 1, steps]
+    assert_equal(load_file(run / "model.safetensors"), weights)
+    assert not list((run / "checkpoints").glob(".partial-*"))
+
+    first = list_checkpoints(run / "checkpoints")[0]
+    frozen = {name: value for name, value in load_file(first / "model.safetensors").items() if name.endswith("weight")}
+    argv = arguments(pairs, run, *more, "--resume", first)
+    assert train.main([*argv, "--learning-rate", "1e-30", "--keep-checkpoints", "1"]) == 0
+    [last] = list_checkpoints(run / "checkpoints")
+    assert int(last.name[-8:]) == steps
+    trained = load_file(last / "model.safetensors")
+    for name, before in frozen.items():
+        torch.testing.assert_close(trained[name], before, atol=1e-20, rtol=0)  # 1e-3 would move them by that
+
+
+def test_what_learned_from_infinite_numbers_is_not_saved(pairs, tmp_path, messages):
+    argv = arguments(pairs, tmp_path / "run", "--checkpoint-steps", 1, "--max-grad-norm", 0)
+    assert train.main([*argv, "--learning-rate", "1e30", "--log-steps", "1000"]) == 1
+    assert "The loss is" in messages.text and "earlier checkpoint" in messages.text
+    for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints"):
+        tensors = load_file(checkpoint / "model.safetensors")
+        assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_inputs_are_never_overwritten(pairs, tiny_model_dir, copy_of, messages):
+    model, data = copy_of(tiny_model_dir), copy_of(pairs)
+    for output, option in ((model, "--model"), (data, "--data")):
+        messages.clear()
+        assert train.main(arguments(data, output, "--model", model)) == 1
+        assert f"is {option}, which the result would overwrite" in messages.text
+    assert files_of(model) == files_of(tiny_model_dir)
+    messages.clear()
+    assert train.main(arguments(pairs, model / "run", "--validation-fraction", 0.99)) == 1
+    assert "cannot be divided" in messages.text
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_bad_pairs_are_named_at_the_start(pairs, copy_of, tmp_path, messages):
     root = copy_of(pairs)
     Image.new("L", (40, 48), 255).save(root / "gt" / "3.png")

@@ -91,7 +91,7 @@ def _describe(samples: Sequence[BadSample]) -> str:
     return "\n".join(lines)
 
 
-def load_mask(source: str | Path | bytes | Image.Image) -> Image.Image:
+def load_mask(source: str | Path | bytes | Image.Image, is_prediction: bool = False) -> Image.Image:
     """Reads a foreground mask from any of the forms in which masks are stored.
 
     The value range is told from the largest value, 1, 255 or 65535, so that masks of 0 and 1 and those of 16 bits are
@@ -100,6 +100,7 @@ def load_mask(source: str | Path | bytes | Image.Image) -> Image.Image:
 
     Args:
         source: path, contents of a file, or PIL image.
+        is_prediction: 8-bit values are what they are, however small: where a tool finds nothing, nothing is near 255.
 
     Returns:
         PIL image of mode L, 0 (background) to 255 (foreground), upright by its EXIF orientation.
@@ -118,7 +119,7 @@ def load_mask(source: str | Path | bytes | Image.Image) -> Image.Image:
         image = alpha if alpha.getextrema()[0] < 255 else rgba.convert("RGB")
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         image = image.convert("L")
-    if image.mode == "L" and image.getextrema()[1] > 1:
+    if image.mode == "L" and (is_prediction or image.getextrema()[1] > 1):
         return image
     values = np.asarray(image)
     largest = float(values.max())
@@ -519,12 +520,19 @@ def sample_names(pairs: datasets.Dataset) -> list[str]:
     Raises:
         ValueError: several files, in different folders, have one stem, so that results could not be told apart.
     """
-    names = [_name(row["image"]) for row in pairs.with_format(None).select_columns("image")]
+    names: list[str] = []
     stems: dict[str, str] = {}
-    for name in names:
+    embedded: set[str] = set()  # of images that lie in the dataset itself
+    for row in pairs.with_format(None).select_columns("image"):
+        name = _name(row["image"])
         other = stems.setdefault(Path(name).stem, name)
         if other != name:
             raise ValueError(f"{other} and {name} have one name: take one folder (subset) at a time.")
+        if row["image"]["path"] and row["image"]["bytes"] is not None:
+            if name in embedded:
+                raise ValueError(f"Several images in the dataset are called {name}: give them names of their own.")
+            embedded.add(name)
+        names.append(name)
     return names
 
 
@@ -536,15 +544,19 @@ def _choose_columns(
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Keeps the columns of images and masks, undecoded, as "image" and "mask"."""
     rows = rows.with_format(None)
+    if rows.features is None:
+        raise ValueError(
+            "The stream does not say what its columns hold: pass features= to the map(…) or the like that made it."
+        )
     columns = rows.column_names or list(next(iter(rows)))
     for name in (image_column, mask_column):
         if name is not None and name not in columns:
             raise ValueError(f"There is no column {name!r}; there are: {', '.join(columns)}.")
     # A column "label" that holds a class number is no mask.
-    likely = [name for name in columns if rows.features is None or isinstance(rows.features[name], datasets.Image)]
+    likely = [name for name in columns if isinstance(rows.features[name], datasets.Image)]
     image = image_column or _guess(_IMAGE_COLUMNS, likely, mask_column)
     mask = mask_column or _guess(_MASK_COLUMNS, likely, image)
-    if len(likely) == 2 and rows.features is not None:
+    if len(likely) == 2:
         image = image or next((name for name in likely if mask is not None and name != mask), None)
         mask = mask or next((name for name in likely if image is not None and name != image), None)
     if image is None or (mask is None and needs_mask):

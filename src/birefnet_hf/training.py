@@ -13,7 +13,7 @@ import random
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -340,19 +340,21 @@ def load_timm_weights(
 class SubstitutingDataset(Dataset):
     """Replaces a sample that cannot be read by the next one, so that one bad file does not end a long run."""
 
-    def __init__(self, dataset: TrainingDataset) -> None:
+    def __init__(self, dataset: "TrainingDataset | ValidationDataset") -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: SampleKey) -> dict[str, torch.Tensor]:
+    def __getitem__(self, key: SampleKey | int) -> dict[str, Any]:
+        number = key.index if isinstance(key, SampleKey) else key
         for offset in range(_MOST_SUBSTITUTES):
+            index = (number + offset) % len(self)
             try:
-                return self.dataset[key._replace(index=(key.index + offset) % len(self))]
+                return self.dataset[key._replace(index=index) if isinstance(key, SampleKey) else index]
             except ImageLoadError as error:
                 logger.warning("Replaced by the next sample: %s", error)
-        raise ImageLoadError(f"{_MOST_SUBSTITUTES} samples in a row cannot be read, from number {key.index} on.")
+        raise ImageLoadError(f"{_MOST_SUBSTITUTES} samples in a row cannot be read, from number {number} on.")
 
 
 class ValidationDataset(Dataset):
@@ -373,20 +375,25 @@ class ValidationDataset(Dataset):
 
 
 def validation_loader(
-    pairs: datasets.Dataset, image_processor: BiRefNetImageProcessor, accelerator: Accelerator, num_workers: int
+    pairs: datasets.Dataset,
+    image_processor: BiRefNetImageProcessor,
+    accelerator: Accelerator,
+    num_workers: int,
+    substitutes: bool = False,
 ) -> DataLoader:
     """This process's share of the validation data, one picture at a time.
 
     The shares are of one length, since the processes of a sharded model must work together: the first pictures may come
-    twice, which `measure` takes into account.
+    twice, which `measure` takes into account, and with `substitutes` the one after a picture that cannot be read.
     """
     processes = accelerator.num_processes
     share = [
         (accelerator.process_index + processes * number) % len(pairs)
         for number in range(math.ceil(len(pairs) / processes))
     ]
+    dataset = ValidationDataset(pairs, image_processor)
     return DataLoader(
-        ValidationDataset(pairs, image_processor),
+        SubstitutingDataset(dataset) if substitutes else dataset,
         sampler=share,
         batch_size=None,
         collate_fn=_as_it_is,
@@ -401,7 +408,7 @@ def _as_it_is(sample: dict[str, Any]) -> dict[str, Any]:
 @torch.no_grad()
 def measure(
     model: nn.Module,
-    loader: DataLoader,
+    loader: Iterable[dict[str, Any]],
     image_processor: BiRefNetImageProcessor,
     accelerator: Accelerator,
     *,
@@ -528,7 +535,11 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: Ma
             if complete.exists():  # of an earlier run that was resumed from before this step
                 _remove(complete)
             os.rename(partial, complete)
-            for old in list_checkpoints(folder)[:-keep]:
+            kept = list_checkpoints(folder)
+            later = [
+                path for path in kept if path.name > name
+            ]  # of the line that this run was resumed before the end of
+            for old in [*later, *kept[: len(kept) - len(later)][:-keep]]:
                 _remove(old)
     # torch reports a full disk as a RuntimeError, safetensors as its own kind of error.
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -554,7 +565,7 @@ def _flush(folder: Path) -> None:
 
 def _remove(checkpoint: Path) -> None:
     # Renamed first: half of a checkpoint must not look like one.
-    doomed = checkpoint.with_name(_PARTIAL_PREFIX + checkpoint.name)
+    doomed = checkpoint.with_name(f"{_PARTIAL_PREFIX}old-{checkpoint.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(checkpoint, doomed)
     shutil.rmtree(doomed)
