@@ -295,6 +295,11 @@ class TestTables:
         with pytest.raises(ImageLoadError, match=r"sample03\.jpg.*no image"):
             pairs[3]
 
+    def test_streams_say_what_their_columns_hold(self):
+        rows = datasets.IterableDataset.from_generator(lambda: iter([{"image": mask(), "mask": mask()}]))
+        with pytest.raises(ValueError, match="pass features="):
+            load_pairs(rows)
+
     def test_streams(self, pairs, tmp_path):
         streamed = list(load_pairs(tmp_path, streaming=True))
         assert [row["name"] for row in streamed] == [row["name"] for row in pairs]
