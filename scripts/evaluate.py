@@ -214,9 +214,8 @@ def load_data(
     if arguments.limit:
         pairs = pairs.select(range(min(arguments.limit, len(pairs))))
     files = (file for row in pairs.with_format(None) for file in row.values() if isinstance(file, dict))
-    folders = {
-        Path(folder).resolve() for folder in {Path(file["path"]).parent for file in files if file["bytes"] is None}
-    }
+    parents = {Path(file["path"]).parent for file in files if file["bytes"] is None}
+    folders = {parent.resolve() for parent in parents}
     folders |= {Path(folder).resolve() for folder in (arguments.predictions, arguments.backgrounds) if folder}
     for folder in (arguments.output_dir, arguments.save_predictions):
         if folder is not None and folder.resolve() in folders:

@@ -536,9 +536,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: Ma
                 _remove(complete)
             os.rename(partial, complete)
             kept = list_checkpoints(folder)
-            later = [
-                path for path in kept if path.name > name
-            ]  # of the line that this run was resumed before the end of
+            # Of the line that goes on beyond the checkpoint from which this run was resumed.
+            later = [path for path in kept if path.name > name]
             for old in [*later, *kept[: len(kept) - len(later)][:-keep]]:
                 _remove(old)
     # torch reports a full disk as a RuntimeError, safetensors as its own kind of error.
