@@ -19,7 +19,7 @@ Predictions are scored at the mask's own size and as the 8-bit masks that are sa
 predictions have the same numbers. `--convention raw` scores them as they are; `upstream` stretches each to its own minimum
 and maximum before most metrics, as BiRefNet's evaluation does. Compare numbers of one convention only.
 
-Several processes (`accelerate launch`, or on CPUs `torchrun --nproc-per-node 2 scripts/evaluate.py …`) share the images;
+Several processes (`accelerate launch`, or on CPUs `torchrun --nproc-per-node 2 scripts/evaluate.py --device cpu …`) share the images;
 the result is the same. Beside each, --num-workers processes compute metrics while the network runs.
 
 Exit code: 0 if all is measured (with `--on-bad-data skip`, all that can be), 1 if not, 2 for wrong options.
@@ -65,7 +65,7 @@ from birefnet_hf.image_loading import ImageLoadError, save_image
 from birefnet_hf.metrics import METRICS, Convention, ImageMetrics, compute_metrics, summarize
 from birefnet_hf.pipeline_birefnet import BackgroundRemovalPipeline
 from birefnet_hf.synthesis import Compositor
-from birefnet_hf.training import draw_row, stack_rows, staged_files
+from birefnet_hf.training import check_processes, draw_row, stack_rows, staged_files
 
 
 logger = logging.getLogger("birefnet_hf.evaluate")
@@ -450,6 +450,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     try:
         state = PartialState(cpu=arguments.device == "cpu")
+        check_processes(state.num_processes)
         logging.getLogger("birefnet_hf").setLevel(logging.INFO if state.is_main_process else logging.ERROR)
         with make_pool(arguments.num_workers) as pool:
             pool.submit(os.getpid)  # the processes start while the model loads

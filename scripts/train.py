@@ -33,7 +33,7 @@ BatchNorm sees the batch of one process. So two processes of batch 4 are not qui
 help; with batch 1 each picture is normalised by itself in training and by the running statistics in use, which trains
 badly: use 2 or more, or `--batch-norm frozen` (running statistics, for fine-tuning), or on GPUs `--batch-norm sync`.
 
-Several processes: DDP works everywhere (on CPUs: `torchrun --nproc-per-node 2 scripts/train.py …`). FSDP and DeepSpeed are
+Several processes: DDP works everywhere (on CPUs: `ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 scripts/train.py …`). FSDP and DeepSpeed are
 switched on by a configuration of Accelerate, such as those in scripts/accelerate/; Accelerate runs them on accelerators
 only, and DeepSpeed has to be installed. They need --ema-decay 0, since an average needs whole weights.
 """
@@ -81,6 +81,7 @@ from birefnet_hf.training import (
     add_adapters,
     architecture,
     average_weights,
+    check_processes,
     list_checkpoints,
     load_timm_weights,
     measure,
@@ -968,6 +969,7 @@ def make_accelerator(arguments: argparse.Namespace) -> Accelerator:
         log_with=trackers or None,
         project_config=ProjectConfiguration(str(arguments.output_dir), logging_dir=str(arguments.output_dir / "logs")),
     )
+    check_processes(accelerator.num_processes)
     # A launcher's environment may say something else, of which the number of steps here would not know.
     accelerator.gradient_accumulation_steps = arguments.gradient_accumulation
     set_up_sharding(accelerator, arguments)

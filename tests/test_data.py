@@ -102,6 +102,11 @@ class TestMask:
         read = load_mask(Image.fromarray(np.asarray(mask(level=1)).astype(np.float32) / 2))
         assert read.getextrema() == (0, 128)
 
+    def test_faint_predictions_stay_faint(self):
+        for faint in (np.full((4, 4), 1, np.uint8), np.full((4, 4), 200, np.uint16)):
+            assert load_mask(Image.fromarray(faint), is_prediction=True).getextrema() == (1, 1)
+            assert load_mask(Image.fromarray(faint)).getextrema()[1] >= 200
+
     def test_other_values_are_refused(self):
         with pytest.raises(ImageLoadError, match="expected 0 to 1"):
             load_mask(Image.fromarray(np.full((4, 4), 1e6, dtype=np.float32)))

@@ -525,6 +525,13 @@ def test_what_learned_from_infinite_numbers_is_not_saved(pairs, tmp_path, messag
         assert all(tensor.isfinite().all() for tensor in tensors.values())
 
 
+def test_processes_that_do_not_see_each_other_are_told(pairs, tmp_path, monkeypatch, messages):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert train.main(arguments(pairs, tmp_path / "run")) == 1
+    assert "2 processes were started, but Accelerate sees 1" in messages.text and "ACCELERATE_USE_CPU" in messages.text
+
+
 def test_inputs_are_never_overwritten(pairs, tiny_model_dir, copy_of, messages):
     model, data = copy_of(tiny_model_dir), copy_of(pairs)
     for output, option in ((model, "--model"), (data, "--data")):

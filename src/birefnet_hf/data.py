@@ -100,7 +100,7 @@ def load_mask(source: str | Path | bytes | Image.Image, is_prediction: bool = Fa
 
     Args:
         source: path, contents of a file, or PIL image.
-        is_prediction: 8-bit values are what they are, however small: where a tool finds nothing, nothing is near 255.
+        is_prediction: integers of 8 and 16 bits are what they are, however small: where a tool finds nothing, nothing is near 255.
 
     Returns:
         PIL image of mode L, 0 (background) to 255 (foreground), upright by its EXIF orientation.
@@ -124,6 +124,8 @@ def load_mask(source: str | Path | bytes | Image.Image, is_prediction: bool = Fa
     values = np.asarray(image)
     largest = float(values.max())
     scale = next((limit for limit in (1, 255, 65535) if largest <= limit), None)
+    if is_prediction and image.mode.startswith("I"):
+        scale = 65535 if largest <= 65535 else None
     if scale is None or not values.min() >= 0:
         raise ImageLoadError(f"Mask values from {values.min()} to {largest}: expected 0 to 1, 255 or 65535.")
     return Image.fromarray(np.rint(values * (255.0 / scale)).astype(np.uint8))

@@ -97,6 +97,22 @@ class TrainingError(RuntimeError):
     """A run cannot go on. The message says why, and what to do."""
 
 
+def check_processes(number: int) -> None:
+    """Makes sure that Accelerate sees all processes which a launcher has started: else each would write what all write.
+
+    Args:
+        number: how many it sees.
+
+    Raises:
+        ValueError: there are others.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != number:
+        raise ValueError(
+            f"{launched} processes were started, but Accelerate sees {number}: on CPUs set ACCELERATE_USE_CPU=true."
+        )
+
+
 def parameter_groups(
     model: nn.Module,
     learning_rate: float,
