@@ -308,8 +308,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"there are no metrics {', '.join(unknown)}: choose from {', '.join(METRICS)}")
     if arguments.best_metric not in (*arguments.metrics, "iou", *OWN_METRICS):
         parser.error(f"--best-metric {arguments.best_metric} is not measured: add it to --metrics")
-    for name in ("epochs", "batch_size", "gradient_accumulation", "log_steps", "keep_checkpoints"):
-        if getattr(arguments, name) < 1:
+    counts = ("epochs", "batch_size", "gradient_accumulation", "log_steps", "keep_checkpoints")
+    for name in (*counts, "validation_samples", "validation_steps", "checkpoint_steps"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return arguments
 

@@ -359,6 +359,10 @@ def _find(
         return source[split], []
     root = Path(source).expanduser()
     if masks is not None:
+        if subsets:
+            raise ValueError(
+                "Subsets are folders within one source: with masks in a folder of their own, name that of images."
+            )
         return _pair_folders([(root, Path(masks).expanduser())])
     if not root.is_dir():
         if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
