@@ -777,9 +777,8 @@ def test_other_weights_of_timm(backbone):
             options = {"norm": False, "output_fmt": "NCHW", "intermediates_only": True}
             expected = theirs.forward_intermediates(pixel_values, indices=[11], **options)[0]
         elif backbone == "tf_efficientnet_lite0":
-            model.backbone.fusable_kinds = (
-                set()
-            )  # layer by layer, like timm; tests/test_backbones_birefnet.py has the other way
+            # Layer by layer, like timm; tests/test_backbones_birefnet.py has the other way.
+            model.backbone.fusable_kinds = set()
             expected = theirs.blocks(theirs.bn1(theirs.conv_stem(pixel_values)))  # without the classifier's head
         else:
             forward = theirs.features if backbone.startswith("vgg") else theirs.forward_features

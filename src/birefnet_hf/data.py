@@ -123,9 +123,8 @@ def load_mask(source: str | Path | bytes | Image.Image, is_prediction: bool = Fa
         return image
     values = np.asarray(image)
     largest = float(values.max())
-    scale = next((limit for limit in (1, 255, 65535) if largest <= limit), None)
-    if is_prediction and image.mode.startswith("I"):
-        scale = 65535 if largest <= 65535 else None
+    limits = (65535,) if is_prediction and image.mode.startswith("I") else (1, 255, 65535)
+    scale = next((limit for limit in limits if largest <= limit), None)
     if scale is None or not values.min() >= 0:
         raise ImageLoadError(f"Mask values from {values.min()} to {largest}: expected 0 to 1, 255 or 65535.")
     return Image.fromarray(np.rint(values * (255.0 / scale)).astype(np.uint8))

@@ -410,7 +410,8 @@ def load_pipeline(
     else:
         name = resolve_checkpoint(os.fspath(model))
         _check_name(name)
-        if _is_exported(name) and (dtype is not None or patch_order is not None):
+        is_exported = _is_exported(name)
+        if is_exported and (dtype is not None or patch_order is not None):
             raise ValueError(
                 f"{name} is exported: leave out `dtype` and `patch_order`, which are what they were then."
             )
@@ -426,7 +427,7 @@ def load_pipeline(
         settings = {} if patch_order is None else {"patch_order": patch_order}
         if image_processor is None:
             image_processor = BiRefNetImageProcessor.from_pretrained(name, **hub_options, **resize)
-        if _is_exported(name):
+        if is_exported:
             if device.type != "cpu":
                 logger.warning(
                     "%s is exported and runs on the CPU. For a GPU pass a model object: "

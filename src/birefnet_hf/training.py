@@ -554,7 +554,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: Ma
             kept = list_checkpoints(folder)
             # Of the line that goes on beyond the checkpoint from which this run was resumed.
             later = [path for path in kept if path.name > name]
-            for old in [*later, *kept[: len(kept) - len(later)][:-keep]]:
+            up_to_here = [path for path in kept if path.name <= name]
+            for old in [*up_to_here[:-keep], *later]:
                 _remove(old)
     # torch reports a full disk as a RuntimeError, safetensors as its own kind of error.
     except (OSError, RuntimeError, SafetensorError) as error:
