@@ -104,6 +104,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0,
         help="chance of each cut-out to be replaced by a drawn thin structure",
     )
+    group.add_argument("--seed", type=int, default=0, help="another one composes other pictures of the same cut-outs")
     group.add_argument("--limit", type=int, help="at most so many, the first ones")
     group.add_argument("--check", choices=("fast", "full", "off"), default="fast", help="of all files, at the start")
     group.add_argument(
@@ -135,7 +136,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--size, --dtype and --save-predictions are for a --model")
     if not 0 <= arguments.thin_probability <= 1:
         parser.error("--thin-probability is a chance, from 0 to 1")
-    least = {"batch_size": 1, "limit": 1, "num_workers": 0, "worst": 0}
+    least = {"batch_size": 1, "limit": 1, "num_workers": 0, "worst": 0, "seed": 0}
     for name, limit in least.items():
         if getattr(arguments, name) is not None and getattr(arguments, name) < limit:
             parser.error(f"--{name.replace('_', '-')} must be at least {limit}")
@@ -229,10 +230,10 @@ def load_data(
 
 
 def read_sample(
-    index: int, names: Sequence[str], pairs: datasets.Dataset, predictions: Sequence[Path] | None
+    index: int, names: Sequence[str], pairs: datasets.Dataset, predictions: Sequence[Path] | None, seed: int = 0
 ) -> Sample:
     """Raises ImageLoadError, with a name, where a file cannot be read."""
-    with seeded_random(0, 0, index):  # for composites, as in validation
+    with seeded_random(seed, 0, index):  # for composites; with 0 those of validation in training
         row = pairs[index]
     sample = Sample(index, names[index], row["image"], np.asarray(row["mask"]))
     if predictions is not None:
@@ -423,7 +424,7 @@ def run(arguments: argparse.Namespace, pool: Executor, state: PartialState) -> N
     started = time.monotonic()
     hidden = None if state.is_main_process else True  # None: shown on a terminal only
     with tqdm(total=len(indices), unit="image", desc="evaluating", disable=hidden) as progress:
-        read = partial(read_sample, names=names, pairs=pairs, predictions=predictions)
+        read = partial(read_sample, names=names, pairs=pairs, predictions=predictions, seed=arguments.seed)
         results = evaluate(arguments, indices, names, read, pipe, pool, progress)
     results = results.gather(arguments.worst)
     results.skipped = skipped + results.skipped

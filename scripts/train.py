@@ -18,7 +18,7 @@ r"""Trains or fine-tunes BiRefNet on images with masks, or on cut-outs composed 
     accelerate launch scripts/train.py --config settings.yaml --resume
 
 Output directory: the model with its image processor and card (`from_pretrained` and the pipelines load it), `best/` the
-same for the best validation, `checkpoints/` for --resume, `samples/`, `log.jsonl`, `logs/` (TensorBoard), `results.json`.
+same for the best validation after a step, `checkpoints/` for --resume, `samples/`, `log.jsonl`, `logs/` (TensorBoard), `results.json`.
 
 Defaults are meant to be good. `--recipe upstream` reproduces the reference's training instead: its augmentation, its
 losses with all their oddities, constant learning rate of 1e-4 (dis) or 1e-5 times sqrt(batch size of one process / 4),
@@ -335,6 +335,7 @@ class Run:
     step: int = 0
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)  # of validations
+    gone: set[int] = field(default_factory=set)  # steps in it whose weights are nowhere
 
     @property
     def total_steps(self) -> int:
@@ -365,11 +366,12 @@ class Run:
 
     @property
     def best(self) -> dict[str, float]:
-        """The best validation so far; the earlier one of equals."""
+        """The best validation of the training so far, whose weights best/ holds; the earlier one of equals."""
         name = self.arguments.best_metric
         sign = 1 if (OWN_METRICS | METRICS)[name].higher_is_better else -1
+        trained = [record for record in self.history if record["step"] > 0 and record["step"] not in self.gone]
         # What is measured may have changed since the run was interrupted.
-        measured = [record for record in self.history if name in record]
+        measured = [record for record in trained if name in record]
         return max(measured, key=lambda record: sign * record[name]) if measured else self.history[-1]
 
 
@@ -607,14 +609,29 @@ def resume(run: Run) -> None:
         rates = [
             {name: group[name] for name in ("initial_lr", "weight_decay")} for group in run.optimizer.param_groups
         ]
-        accelerator.load_state(str(checkpoint))
+        try:
+            accelerator.load_state(str(checkpoint))
+        except ValueError as error:
+            raise TrainingError(
+                f"{checkpoint} has other groups of parameters to optimise ({error}): continue it with its own "
+                "--backbone-learning-rate, --layer-decay and --freeze-backbone, and a --weight-decay of zero where it was."
+            ) from error
         # The optimiser's state brings its own, which would win over what was changed on the command line.
         for group, own in zip(run.optimizer.param_groups, rates, strict=True):
             group.update(own)
         run.step, run.history, run.seconds = state["step"], state["history"], state["seconds"]
+        run.gone = {record["step"] for record in run.history} - {step_of_best(arguments.output_dir / "best")}
         logger.info("Continuing from %s, after step %d of %d.", checkpoint, run.step, run.total_steps)
     if accelerator.is_main_process:
         trim_log(run)
+
+
+def step_of_best(folder: Path) -> int | None:
+    """The step whose weights the folder holds; None where that is not known."""
+    try:
+        return json.loads((folder / "results.json").read_text(encoding="utf-8"))["step"]
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def trim_log(run: Run) -> None:
@@ -827,7 +844,7 @@ def validate(run: Run) -> None:
             if hasattr(tracker, "log_images"):
                 tracker.log_images({"validation": pictures[None]}, step=run.step, **layout)
     if run.step > 0 and run.best["step"] == run.step:
-        save_model(run, arguments.output_dir / "best")
+        save_model(run, arguments.output_dir / "best", run.best)
 
 
 def checkpoint(run: Run) -> None:
@@ -844,8 +861,8 @@ def checkpoint(run: Run) -> None:
     )
 
 
-def save_model(run: Run, folder: Path) -> None:
-    """Saves the network (or its adapters) with image processor and card, for `from_pretrained` and the pipelines.
+def save_model(run: Run, folder: Path, results: Mapping[str, Any]) -> None:
+    """Saves the network (or its adapters) with image processor, card and results, for `from_pretrained` and the pipelines.
 
     Raises:
         TrainingError: they cannot be written.
@@ -866,6 +883,7 @@ def save_model(run: Run, folder: Path) -> None:
                 copy.deepcopy(network).merge_and_unload().save_pretrained(staging)
             run.processor.save_pretrained(staging)
             (staging / "README.md").write_text(write_card(run), encoding="utf-8")
+            (staging / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     # Of the same kinds as when a checkpoint cannot be saved.
     except (OSError, RuntimeError, SafetensorError) as error:
         raise TrainingError(
@@ -939,14 +957,12 @@ def write_card(run: Run) -> str:
 def finish(run: Run) -> None:
     """Saves the result, its numbers, and uploads it where that is wanted."""
     arguments = run.arguments
-    save_model(run, arguments.output_dir)
-    if not run.accelerator.is_main_process:
-        return
     results = {"steps": run.step, "images_per_step": run.batch_size, "seconds": run.seconds}
     if run.history:
         results |= {"before": run.history[0], "best": run.best, "last": run.history[-1]}
-    with staged_files(arguments.output_dir) as staging:
-        (staging / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    save_model(run, arguments.output_dir, results)
+    if not run.accelerator.is_main_process:
+        return
     logger.info("Saved to %s.", arguments.output_dir)
     if arguments.push_to_hub:
         HfApi().upload_folder(

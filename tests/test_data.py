@@ -218,6 +218,10 @@ class TestFolders:
         mask().transpose(Image.Transpose.ROTATE_90).save(masks / "a.png")
         assert load_pairs(tmp_path)[0]["image"].size == (HEIGHT, WIDTH)
 
+    def test_the_hub_has_no_subsets(self):
+        with pytest.raises(ValueError, match="someone/dis is on the Hub: choose with split"):
+            load_pairs("someone/dis", subsets=["DIS-TR"])
+
     def test_nothing_there(self, tmp_path):
         images, masks = write_pairs(tmp_path, [])
         with pytest.raises(ValueError, match="no images in"):
@@ -360,6 +364,19 @@ class TestCutouts:
         assert len(composites) == 4
         for row in composites:
             assert row["image"].size == (32, 32)
+
+        (backgrounds / "good.png").unlink()
+        with pytest.raises(BadDataError, match=r"bad\.png.*background"):
+            load_pairs(folder, compositor=compositor)
+        compositor = Compositor(size=(32, 32), backgrounds=backgrounds)
+        with pytest.raises(ValueError, match=f"No usable background in {backgrounds}"):
+            load_pairs(folder, compositor=compositor, on_bad="skip")
+
+    def test_transparent_one_is_named_without_the_check(self, folder):
+        Image.new("RGBA", (40, 30)).save(folder / "0.png")
+        composites = load_pairs(folder, compositor=Compositor(size=(32, 32), thin_probability=0), check="off")
+        with pytest.raises(ImageLoadError, match=r"0\.png: the cut-out is fully transparent"):
+            composites[0]
 
     def test_cannot_be_streamed(self, folder):
         with pytest.raises(ValueError, match="cannot be streamed"):

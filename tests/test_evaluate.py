@@ -315,9 +315,17 @@ def test_composed_cutouts_are_the_same_each_time(data, tiny_model_dir, tmp_path)
         assert evaluate.main([*map(str, argv), "--output-dir", str(tmp_path / name), "--metrics", "mae", "iou"]) == 0
     assert values(tmp_path / "one") == values(tmp_path / "two")
     assert (tmp_path / "one" / "worst.png").read_bytes() == (tmp_path / "two" / "worst.png").read_bytes()
-    argv += ["--output-dir", tmp_path / "thin", "--metrics", "mae", "iou", "--thin-probability", "1"]
-    assert evaluate.main([*map(str, argv)]) == 0
-    assert values(tmp_path / "thin") != values(tmp_path / "one")
+    for name, more in {"thin": ["--thin-probability", 1], "seed": ["--seed", 1]}.items():
+        more = ["--output-dir", tmp_path / name, "--metrics", "mae", "iou", *more]
+        assert evaluate.main([*map(str, [*argv, *more])]) == 0
+        assert values(tmp_path / name) != values(tmp_path / "one")
+
+
+def test_broken_mask_is_no_broken_prediction(data, tmp_path, caplog):
+    name = next(iter(SIZES))
+    (data / "gt" / f"{name}.png").write_bytes(b"nothing")
+    assert run(data, tmp_path / "out", "--check", "off") == 1
+    assert "the mask cannot be read" in caplog.text and "prediction" not in caplog.text
 
 
 def test_number_without_meaning_is_null_in_json(data, tmp_path):

@@ -516,6 +516,39 @@ def test_resumed_from_an_earlier_checkpoint(pairs, tmp_path):
         torch.testing.assert_close(trained[name], before, atol=1e-20, rtol=0)  # 1e-3 would move them by that
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_best_is_what_the_results_say(kept, pairs, tmp_path):
+    """Also after other steps were the best by another metric, or where best/ is of another run."""
+    run = tmp_path / "run"
+    more = ["--checkpoint-steps", 1, "--keep-checkpoints", 9, "--validation-steps", 1, "--validation-fraction", 0.2]
+    more += ["--ema-decay", 0, "--epochs", 1, "--metrics", "mae", "s_measure"]
+    assert train.main(arguments(pairs, run, *more, "--best-metric", "s_measure")) == 0  # the last step
+    *_, before, last = list_checkpoints(run / "checkpoints")
+    if kept:
+        more += ["--resume", before]
+    else:
+        shutil.rmtree(run / "checkpoints")
+        (run / "best" / "model.safetensors").write_bytes(b"old")
+    # By a metric that is the worse the longer the training, with a rate that only spoils the network.
+    again = ["--best-metric", "mae", "--learning-rate", "1"]
+    assert train.main(arguments(pairs, run, *more, *again)) == 0
+    best = json.loads((run / "results.json").read_text())["best"]
+    assert json.loads((run / "best" / "results.json").read_text()) == best
+    assert best["step"] > 0
+    [of_best] = [path for path in list_checkpoints(run / "checkpoints") if int(path.name[-8:]) == best["step"]]
+    weights = BiRefNetForImageSegmentation.from_pretrained(run / "best").state_dict()
+    saved = load_file(of_best / "model.safetensors")
+    assert_equal({name: weights[name] for name in saved}, saved)
+
+
+@pytest.mark.parametrize("other", [["--layer-decay", 0.5], ["--weight-decay", 0], ["--freeze-backbone"]])
+def test_other_groups_of_parameters_cannot_be_resumed(other, pairs, tmp_path, messages):
+    run = tmp_path / "run"
+    assert train.main(arguments(pairs, run, "--epochs", 1)) == 0
+    assert train.main(arguments(pairs, run, "--resume", *other)) == 1
+    assert "other groups of parameters" in messages.text and "--layer-decay" in messages.text
+
+
 def test_what_learned_from_infinite_numbers_is_not_saved(pairs, tmp_path, messages):
     argv = arguments(pairs, tmp_path / "run", "--checkpoint-steps", 1, "--max-grad-norm", 0)
     assert train.main([*argv, "--learning-rate", "1e30", "--log-steps", "1000"]) == 1

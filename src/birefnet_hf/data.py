@@ -323,6 +323,7 @@ def load_pairs(
     rows = _choose_columns(rows, image_column, mask_column, needs_mask=compositor is None)
     if isinstance(rows, datasets.IterableDataset):
         return _decoded_stream(rows, on_bad, check)
+    bad_photos = []
     if check != "off":
         good, unreadable = _check(rows, full=check == "full")
         bad = bad + unreadable
@@ -331,13 +332,15 @@ def load_pairs(
         if compositor is not None:
             bad_photos = _check_photos(compositor.photos)
             bad = bad + bad_photos
-            if bad_photos:
-                names = {sample.name for sample in bad_photos}
-                good_photos = [photo for photo in compositor.photos if str(photo) not in names]
-                compositor = dataclasses.replace(compositor, backgrounds=good_photos)
     _settle(bad, on_bad)
     if len(rows) == 0:
         raise ValueError(f"No usable sample in {source}.")
+    if bad_photos:
+        names = {sample.name for sample in bad_photos}
+        good_photos = [photo for photo in compositor.photos if str(photo) not in names]
+        if not good_photos:
+            raise ValueError(f"No usable background in {compositor.backgrounds}.")
+        compositor = dataclasses.replace(compositor, backgrounds=good_photos)
     if compositor is not None:
         numbered = rows.add_column("index", list(range(len(rows))))
         return numbered.with_transform(_Compose(rows, compositor))
@@ -366,6 +369,8 @@ def _find(
     if not root.is_dir():
         if isinstance(source, Path) or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
             raise FileNotFoundError(f"There is no folder {source}.")
+        if subsets:
+            raise ValueError(f"Subsets are folders within a folder here; {source} is on the Hub: choose with split.")
         try:
             return datasets.load_dataset(source, split=split, streaming=streaming), []
         except datasets.exceptions.DatasetNotFoundError as error:
@@ -511,9 +516,13 @@ def _prediction_problem(found: Sequence[Path], mask_file: Mapping[str, Any]) -> 
     if len(found) != 1:
         return f"several predictions of one name: {', '.join(path.name for path in found)}"
     try:
-        size, expected = _inspect(str(found[0]), full=False), _inspect(_contents(mask_file), full=False)
+        size = _inspect(str(found[0]), full=False)
     except _UNREADABLE as error:
         return f"the prediction {found[0]} cannot be read ({_explain(error)})"
+    try:
+        expected = _inspect(_contents(mask_file), full=False)
+    except _UNREADABLE as error:  # with check="off" it is looked at here for the first time
+        return f"the mask cannot be read ({_explain(error)})"
     if size != expected:
         return f"the prediction {found[0].name} is {size[0]}×{size[1]} (width×height) but the mask {expected[0]}×{expected[1]}"
     return None
@@ -615,7 +624,10 @@ class _Cutouts(Sequence):
     def __getitem__(self, index: int) -> Image.Image:
         row = self.rows[int(index)]
         with _naming(row["image"]):
-            return _read_cutout(row)
+            cutout = _read_cutout(row)
+            if not cutout.getchannel("A").getbbox():
+                raise ImageLoadError("the cut-out is fully transparent")
+            return cutout
 
 
 class _Compose:
