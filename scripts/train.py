@@ -233,7 +233,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--weight-decay", type=float, default=1e-2)
     group.add_argument("--schedule", choices=("constant", "cosine", "step"))
     group.add_argument("--warmup", type=float, help="share of all steps")
-    group.add_argument("--milestones", type=int, nargs="+", default=[], help="for the step schedule, in epochs")
+    group.add_argument("--milestones", type=int, nargs="*", default=[], help="for the step schedule, in epochs")
     group.add_argument("--milestone-factor", type=float, default=0.5)
     group.add_argument("--max-grad-norm", type=float, help="0: no clipping")
     group.add_argument(
@@ -292,6 +292,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
     if arguments.data is None or arguments.output_dir is None:
         parser.error("--data and --output-dir are required")
+    arguments.output_dir = arguments.output_dir.expanduser()
+    if config and config.resolve() == (arguments.output_dir / "config.json").resolve():
+        parser.error(f"--config {config} is where the model's own config is saved: give it another name or place")
     if arguments.model is None and not (arguments.backbone or "backbone" in arguments.model_settings):
         parser.error("nothing to train: give --model, or from scratch --backbone or --model-settings with a backbone")
     if arguments.model is not None and (arguments.backbone or arguments.pretrained_backbone):
@@ -498,6 +501,8 @@ def set_up(arguments: argparse.Namespace, accelerator: Accelerator) -> Run:
     set_seed(arguments.seed)
     for name in ("data", "masks", "validation_data", "validation_masks", "backgrounds", "model"):
         given = getattr(arguments, name)
+        if name == "model" and given:
+            given = resolve_checkpoint(given)  # "lite" is not the folder of that name, unless it holds a model
         if given and Path(given).exists() and Path(given).resolve() == arguments.output_dir.resolve():
             option = f"--{name.replace('_', '-')}"
             raise ValueError(

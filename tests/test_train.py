@@ -565,13 +565,18 @@ def test_processes_that_do_not_see_each_other_are_told(pairs, tmp_path, monkeypa
     assert "2 processes were started, but Accelerate sees 1" in messages.text and "ACCELERATE_USE_CPU" in messages.text
 
 
-def test_inputs_are_never_overwritten(pairs, tiny_model_dir, copy_of, messages):
+def test_inputs_are_never_overwritten(pairs, tiny_model_dir, copy_of, messages, monkeypatch):
     model, data = copy_of(tiny_model_dir), copy_of(pairs)
     for output, option in ((model, "--model"), (data, "--data")):
         messages.clear()
         assert train.main(arguments(data, output, "--model", model)) == 1
         assert f"is {option}, which the result would overwrite" in messages.text
     assert files_of(model) == files_of(tiny_model_dir)
+    monkeypatch.chdir(data)  # the alias is no input, whatever the output is called
+    Path("nano").mkdir()
+    messages.clear()
+    assert train.main(arguments("im", "nano", "--masks", "gt", "--model", "nano", "--validation-fraction", 0.99)) == 1
+    assert "cannot be divided" in messages.text and "overwrite" not in messages.text
     messages.clear()
     assert train.main(arguments(pairs, model / "run", "--validation-fraction", 0.99)) == 1
     assert "cannot be divided" in messages.text
@@ -632,7 +637,7 @@ def test_settings_come_from_recipe_file_and_command_line(tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text(
         "data: photos\noutput_dir: runs/x\nmodel_settings: {backbone: swin_v1_t}\nsize: [64, 96]\ncutouts: true\n"
-        "recipe: upstream\nlearning_rate: 2e-4\nmax_grad_norm: 5\nseed: null\n",
+        "recipe: upstream\nlearning_rate: 2e-4\nmax_grad_norm: 5\nseed: null\nmilestones: []\n",
         encoding="utf-8",
     )
     settings = train.parse_arguments(["--config", str(file), "--max-grad-norm", "3"])
@@ -641,7 +646,8 @@ def test_settings_come_from_recipe_file_and_command_line(tmp_path):
     assert (settings.schedule, settings.augmentation, settings.ema_decay) == ("constant", "upstream", 0.0)
     assert settings.max_grad_norm == 3
     settings = train.parse_arguments(["--config", str(file), "--recipe", "default"])
-    assert (settings.schedule, settings.max_grad_norm) == ("cosine", 5)
+    assert (settings.schedule, settings.max_grad_norm, settings.milestones) == ("cosine", 5, [])
+    assert train.parse_arguments(["--config", str(file), "--output-dir", "~/x"]).output_dir == Path.home() / "x"
 
 
 @pytest.mark.parametrize(
@@ -658,6 +664,14 @@ def test_wrong_settings_are_explained(wrong, message, capsys):
     with pytest.raises(SystemExit):
         train.parse_arguments(wrong)
     assert message in capsys.readouterr().err
+
+
+def test_settings_are_not_kept_where_the_result_goes(tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"data": "photos", "backbone": "swin_v1_t", "output_dir": str(tmp_path)}))
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--config", str(file)])
+    assert "where the model's own config is saved" in capsys.readouterr().err
 
 
 def test_all_sources_of_data_are_reached_from_the_command_line(pairs, tmp_path):
