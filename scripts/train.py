@@ -68,7 +68,7 @@ from tqdm.auto import tqdm
 
 from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
 from birefnet_hf.checkpoints_birefnet import get_checkpoint, resolve_checkpoint
-from birefnet_hf.data import TrainingBatchSampler, TrainingDataset, build_augmentation, load_pairs
+from birefnet_hf.data import BadDataError, TrainingBatchSampler, TrainingDataset, build_augmentation, load_pairs
 from birefnet_hf.image_loading import ImageLoadError
 from birefnet_hf.loss_birefnet import BiRefNetLoss, loss_weights
 from birefnet_hf.metrics import METRICS
@@ -410,10 +410,15 @@ def load_data(
             raise ValueError(
                 f"{len(rows)} sample(s) cannot be divided: bring more data, or leave out --validation-fraction."
             )
-        training, validation = (
-            load_pairs(rows.select(np.sort(part)), compositor=composing, **options)
-            for part, composing in ((order[held_out:], compositor), (order[:held_out], measuring))
-        )
+        parts, bad = [], {}
+        for part, composing in ((order[held_out:], compositor), (order[:held_out], measuring)):
+            try:
+                parts.append(load_pairs(rows.select(np.sort(part)), compositor=composing, **options))
+            except BadDataError as error:
+                bad |= dict.fromkeys(error.samples)  # a background is one of both
+        if bad:
+            raise BadDataError(list(bad))
+        training, validation = parts
     else:
         training, validation = load_pairs(**source, **columns, compositor=compositor, **options), None
         if arguments.validation_data:

@@ -591,6 +591,11 @@ def test_bad_pairs_are_named_at_the_start(pairs, copy_of, tmp_path, messages):
     Image.new("L", (40, 48), 255).save(root / "gt" / "3.png")
     assert train.main(arguments(root, tmp_path / "run")) == 1
     assert "3.png" in messages.text and "the mask is 40×48" in messages.text
+    for path in (root / "gt").iterdir():  # in both parts
+        path.write_bytes(b"nothing")
+    messages.clear()
+    assert train.main(arguments(root, tmp_path / "run", "--validation-fraction", 0.25)) == 1
+    assert "8 sample(s) cannot be used" in messages.text
 
 
 def test_full_disk_leaves_the_last_checkpoint_usable(pairs, tmp_path, messages):
