@@ -150,6 +150,14 @@ def test_composite_is_exact():
     assert torch.equal(composite(foreground, torch.full((4, 4), 0.5), background), torch.full((3, 4, 4), 0.5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_composite_in_half_precision(dtype):
+    foreground, alpha, background = torch.rand(3, 4, 4), torch.rand(4, 4), torch.rand(3, 9, 7)
+    result = composite(foreground.to(dtype), alpha.to(dtype), background)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.float(), composite(foreground, alpha, background), rtol=0, atol=2e-2)
+
+
 def test_background_images_cover():
     """Scaled to cover and cut at the centre: a wide picture loses its left and right."""
     wide = torch.zeros(3, 10, 40)

@@ -5,6 +5,7 @@ import io
 import socket
 import stat
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from birefnet_hf import image_loading
+from birefnet_hf import image_loading, load_pipeline
 from birefnet_hf.image_loading import ImageLoadError, fetch, load_image, save_image
 
 
@@ -133,6 +134,18 @@ def test_open_files(tmp_path):
     with open(tmp_path / "a.png", "rb") as opened:
         np.testing.assert_array_equal(np.asarray(load_image(opened)), expected)
     np.testing.assert_array_equal(np.asarray(load_image(io.BytesIO(encoded(picture())))), expected)
+
+
+def test_whatever_can_be_read(tmp_path):
+    image = picture()
+    with tempfile.NamedTemporaryFile(suffix=".png", dir=tmp_path) as file:
+        image.save(file)
+        file.seek(0)
+        assert load_image(file).tobytes() == image.tobytes()
+        content = Path(file.name).read_bytes()
+    for form in (bytearray(content), memoryview(content)):
+        assert load_image(form).tobytes() == image.tobytes()
+        assert load_pipeline("nano", output_type="mask")(form).size == image.size
 
 
 def test_bytes_and_data_urls():

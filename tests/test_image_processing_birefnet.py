@@ -128,6 +128,16 @@ def test_batches_and_nesting(processor_class):
     assert isinstance(as_list, list) and len(as_list) == 3 and as_list[0].shape == (3, 32, 32)
 
 
+def test_truth_values_and_bfloat16_are_images(processor_class):
+    processor, bits = processor_class(size=32), random_array(32, 32, 3) > 127
+    expected = processor((bits * 255).astype(np.uint8), return_tensors="pt")["pixel_values"]
+    for form in (bits, torch.from_numpy(bits).permute(2, 0, 1)):
+        torch.testing.assert_close(processor(form, return_tensors="pt")["pixel_values"], expected)
+    half = torch.rand(3, 32, 32).to(torch.bfloat16)
+    pixel_values = (processor(form, return_tensors="pt")["pixel_values"] for form in (half, half.float()))
+    torch.testing.assert_close(*pixel_values)
+
+
 def test_deep_images_are_scaled_not_clipped(processor_class, tmp_path):
     ramp = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
     Image.fromarray(ramp).save(tmp_path / "deep.png")
@@ -546,7 +556,7 @@ def test_shrinking_averages(processor_class):
 def test_alpha_of_each_size_stays_in_range(processor_class):
     probabilities = torch.rand(3, 1, 17, 23, generator=torch.manual_seed(0)).round()
     sizes = [(50, 7), (1, 1), (17, 23)]
-    for target_sizes in (sizes, torch.tensor(sizes), np.array(sizes)):
+    for target_sizes in (sizes, torch.tensor(sizes), np.array(sizes), [torch.tensor(size) for size in sizes]):
         alphas = processor_class().post_process_alpha(outputs_of(probabilities), target_sizes)
         assert [tuple(alpha.shape) for alpha in alphas] == sizes
         assert all(alpha.min() >= 0 and alpha.max() <= 1 for alpha in alphas)

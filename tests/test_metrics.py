@@ -268,6 +268,8 @@ def test_errors_name_the_problem():
         compute_metrics(mask, mask[:0])
     with pytest.raises(ValueError, match="prediction is float.*255.0: divide by 255"):
         compute_metrics(mask.astype(np.float32), mask)
+    with pytest.raises(ValueError, match="target is uint8, so 255 is foreground, but holds 0 and 1 only"):
+        compute_metrics(mask, (mask > 0).astype(np.uint8))
     with pytest.raises(ValueError, match="target is float.*nan"):
         compute_metrics(mask, np.full(mask.shape, np.nan))
     with pytest.raises(TypeError, match="prediction must be uint8.*int64"):

@@ -187,10 +187,10 @@ def test_initial_weights():
     assert len(deformable) == 5 * 4
     for module in deformable:
         assert not module.offset_conv.weight.any() and not module.modulator_conv.bias.any()
-        hidden_states = image(1, module.regular_conv.in_channels, 6, 5)
-        torch.testing.assert_close(
-            module(hidden_states), nn.Conv2d.forward(module.regular_conv, hidden_states), rtol=1e-4, atol=1e-5
-        )
+        weight = module.regular_conv.weight
+        hidden_states = image(1, weight.shape[1], 6, 5)
+        plain = nn.functional.conv2d(hidden_states, weight, padding=weight.shape[2] // 2)
+        torch.testing.assert_close(module(hidden_states), plain, rtol=1e-4, atol=1e-5)
 
 
 def test_all_tensors_are_parameters_or_buffers(tiny_model):
@@ -779,3 +779,204 @@ def test_chunks_follow_the_weights(tiny_model):
     assert (expected - before).abs().max() > 1e-3
     torch.testing.assert_close(logits_of(tiny_model, pixel_values), expected)
     torch.testing.assert_close(logits_of(tiny_model.double(), pixel_values).float(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_hooks_see_and_change_the_same_with_and_without_gradients():
+    """Any module, also one whose work the fast ways do elsewhere: called as often, of maps of one shape, with effect."""
+    model, pixel_values = build(inner_channels=16), image(1, 3, 64, 96)
+    parts = (
+        "backbone.layers.0",
+        "backbone.layers.3.blocks.1",
+        "squeeze",
+        "decoder.levels.3",
+        "decoder.inward",
+        "decoder.mask",
+    )
+    for name, module in model.named_modules():
+        if not name.startswith(parts):
+            continue
+        seen, results = ([], []), []
+        for shapes, with_gradients in zip(seen, (True, False), strict=True):
+
+            def change(_: nn.Module, __: tuple, output: object, shapes: list = shapes) -> torch.Tensor | None:
+                shapes.append(output.shape if isinstance(output, torch.Tensor) else type(output))
+                return output * 0.5 if isinstance(output, torch.Tensor) else None
+
+            hook = module.register_forward_hook(change)
+            with torch.set_grad_enabled(with_gradients):
+                results.append(model(pixel_values).logits.detach())
+            hook.remove()
+        assert seen[0] == seen[1], name
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("with_gradients", [True, False])
+def test_what_hooks_keep_stays_as_it_was(with_gradients):
+    model, kept = build(inner_channels=16), {}
+    for name, module in model.named_modules():
+
+        def keep(_: nn.Module, __: tuple, output: object, name: str = name) -> None:
+            if isinstance(output, torch.Tensor):
+                kept[name] = (output, output.detach().clone())
+
+        module.register_forward_hook(keep)
+    with torch.set_grad_enabled(with_gradients):
+        model(image(1, 3, 64, 96))
+    for name, (output, before) in kept.items():
+        assert torch.equal(output, before), name
+
+
+def test_backward_hooks_are_called():
+    model, called = build(inner_channels=16), set()
+    names = ("squeeze_module.0.norm_in", "decoder.levels.3.lateral", "decoder.levels.2", "decoder.mask_head")
+    names += ("decoder.levels.4.block.conv_in", "decoder.levels.4.block.attention.projection.norm")
+    for name in names:
+        model.get_submodule(name).register_full_backward_hook(lambda *_, name=name: called.add(name))
+    model(image(1, 3, 64, 64)).logits.sum().backward()
+    assert called == set(names)
+
+
+@torch.no_grad()
+def test_statistics_are_taken_where_normalisations_train():
+    """As in a recalibration: the network evaluates, its batch normalisations look at the batch."""
+    plain, watched = (build(inner_channels=16) for _ in range(2))
+    for model in (plain, watched):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.train()
+                if model is watched:
+                    module.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(plain(image()).logits, watched(image()).logits)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(buffer, watched.get_buffer(name), msg=name)
+        assert not name.endswith("num_batches_tracked") or buffer == 1, name
+
+
+@pytest.mark.parametrize("scale", [2, 0.5])
+def test_labels_of_another_size_lie_where_the_image_lies(scale):
+    """Also where the image is padded: a perfect answer costs as little as with labels of the image's size."""
+    model = build()
+    labels = torch.zeros(1, 1, 100, 100)
+    labels[:, :, 20:60, 30:90] = 1
+    other = F.interpolate(labels, scale_factor=scale, mode="nearest")
+    model.decoder.register_forward_hook(lambda *_: (20 * pad_to_divisor(2 * labels - 1), (), (), ()))
+    with torch.no_grad():
+        right, same, wrong = (model(image(1, 3, 100, 100), labels=given).loss for given in (other, labels, 1 - other))
+    assert same < 1e-6 and right < 0.01 * wrong
+
+
+def test_saved_content_is_loaded_by_module_names_too(tiny_model_dir, tmp_path):
+    """As Transformers' Trainer does when it resumes, or takes the best weights in the end."""
+    saved, model = load_file(tiny_model_dir / "model.safetensors"), build(seed=3)
+    expected = BiRefNetForImageSegmentation.from_pretrained(tiny_model_dir).state_dict()
+    assert not saved.keys() & {"backbone.patch_embed.proj.weight"}
+    for strict in (True, False):
+        other = copy.deepcopy(model)
+        assert not any(other.load_state_dict(saved, strict=strict))
+        for name, tensor in other.state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
+    model.load_state_dict(expected)
+    wrapped = nn.Sequential(model)
+    assert not any(wrapped.load_state_dict({f"0.{name}": tensor for name, tensor in saved.items()}))
+
+    arguments = {"output_dir": str(tmp_path), "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True}
+    arguments |= {"save_strategy": "epoch", "num_train_epochs": 1, "disable_tqdm": True}
+    rows = [
+        {"pixel_values": picture, "labels": label}
+        for picture, label in zip(image(4, 3, 64, 64), mask(4, 1, 64, 64), strict=True)
+    ]
+    first = Trainer(model=build(), args=TrainingArguments(**arguments), train_dataset=rows)
+    first.train()
+    second = Trainer(model=build(seed=5), args=TrainingArguments(**arguments), train_dataset=rows)
+    second.train(resume_from_checkpoint=True)  # nothing is left to do
+    for name, tensor in second.model.state_dict().items():
+        assert torch.equal(tensor, first.model.state_dict()[name]), name
+
+
+def test_network_made_without_memory_is_whole_after_loading():
+    model = build()
+    with torch.device("meta"):
+        other = BiRefNetForImageSegmentation(model.config)
+    other.to_empty(device="cpu")
+    for buffer in other.buffers():
+        buffer.fill_(77)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits_of(other.eval(), image()), logits_of(model, image()))
+
+
+def test_wrapped_names_are_explained(tiny_model_dir, copy_of):
+    folder = copy_of(tiny_model_dir)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        {f"module.{name}": tensor for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ValueError, match="wrapped network: its names begin like 'module.*convert_checkpoint"):
+        BiRefNetForImageSegmentation.from_pretrained(folder)
+
+
+def test_settings_are_read_when_they_count(tmp_path):
+    model = build()
+    before = logits_of(model, image())
+    model.config.patch_order = "wg_hg_c"
+    changed = logits_of(model, image())
+    assert (changed - before).abs().max() > 1e-4
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits_of(BiRefNetForImageSegmentation.from_pretrained(tmp_path), image()), changed)
+
+
+def test_padding_of_another_mode_counts():
+    model = build()
+    for module in model.decoder.modules():
+        if isinstance(module, nn.Conv2d) and module.kernel_size[0] > 1:
+            module.padding_mode = "replicate"
+    called = copy.deepcopy(model)
+    for module in called.modules():
+        module.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(logits_of(model, image()), logits_of(called, image()), rtol=1e-4, atol=1e-5)
+
+
+def test_transforms_of_torch_func():
+    """Gradients of the loss, and a map over images, of the functional network."""
+    model = build("eager").train(False)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(model, parameters, (image(),), {"labels": mask()}).loss
+
+    gradients = torch.func.grad(loss)(parameters)
+    model(image(), labels=mask()).loss.backward()
+    for name, parameter in model.named_parameters():
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(gradients[name], expected, rtol=1e-3, atol=1e-4, msg=name)
+    mapped = torch.func.vmap(lambda pixel_values: model(pixel_values[None]).logits[0])(image())
+    torch.testing.assert_close(mapped, model(image()).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_for_whatever_is_linear_or_a_convolution(tiny_model):
+    peft = pytest.importorskip("peft")
+    names = [name for name, module in tiny_model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    assert any("offset_conv" in name for name in names) and not any("regular_conv" in name for name in names)
+    adapted = peft.get_peft_model(tiny_model, peft.LoraConfig(r=2, target_modules=names)).train()
+    adapted(pixel_values=image(), labels=mask()).loss.backward()
+    assert all(
+        parameter.grad is not None
+        for name, parameter in adapted.named_parameters()
+        if "lora_B" in name and "class" not in name
+    )
+    with pytest.raises(ValueError, match="BiRefNetModulatedConv2d.*not supported"):
+        peft.get_peft_model(build(), peft.LoraConfig(r=2, target_modules=["regular_conv"]))
+
+
+def test_traced(tiny_model):
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny_model
+
+        def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+            return self.model(pixel_values).logits
+
+    with torch.no_grad():
+        traced = torch.jit.trace(Logits().eval(), image())
+        expected = tiny_model(image(seed=4)).logits
+        torch.testing.assert_close(traced(image(seed=4)), expected, rtol=1e-4, atol=1e-5)

@@ -80,6 +80,14 @@ def test_the_backbone_never_becomes_bfloat16():
     assert exact.half().backbone.stages[0][0].weight.dtype == torch.float16
 
 
+def test_bfloat16_is_saved_as_it_is(tmp_path):
+    model = BiRefNetForImageSegmentation.from_pretrained(NANO, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    again = BiRefNetForImageSegmentation.from_pretrained(tmp_path)
+    assert model.dtype == again.dtype == torch.bfloat16
+    assert [tensor.dtype for tensor in again.parameters()] == [tensor.dtype for tensor in model.parameters()]
+
+
 @pytest.mark.skipif(
     version.parse(transformers.__version__) < version.parse("5.13"), reason="5.12 casts what it offloads to disk"
 )

@@ -11,7 +11,7 @@ from transformers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_birefnet import BiRefNetConfig
-from .ops_birefnet import has_hooks, is_plain_inference, is_plain_linear, is_triton_inference, linear, linear_after
+from .ops_birefnet import have_hooks, is_plain_inference, is_plain_linear, is_triton_inference, linear, linear_after
 from .triton_birefnet import fused_window_attention
 
 
@@ -153,9 +153,14 @@ def window_bands(
     return tuple(bands)
 
 
-def works_in_bands(config: BiRefNetConfig, hidden_states: torch.Tensor) -> bool:
-    """Whether attention goes through the map in bands of windows: the same numbers with less memory."""
-    return config._attn_implementation == "sdpa" and is_plain_inference(hidden_states)
+def works_in_bands(config: BiRefNetConfig, hidden_states: torch.Tensor, *modules: nn.Module) -> bool:
+    """Whether attention goes through the map in bands of windows: the same numbers with less memory.
+
+    Hooks of the modules that take part would see the bands.
+    """
+    if config._attn_implementation != "sdpa" or not is_plain_inference(hidden_states):
+        return False
+    return not have_hooks(*modules)
 
 
 def works_in_kernel(config: BiRefNetConfig, hidden_states: torch.Tensor) -> bool:
@@ -166,7 +171,7 @@ def works_in_kernel(config: BiRefNetConfig, hidden_states: torch.Tensor) -> bool
     return all(channels in (16, 32, 64, 128) for channels in head_channels)  # what blocks of the kernel can be
 
 
-def stage_shift_mask(config: BiRefNetConfig, hidden_states: torch.Tensor) -> torch.Tensor | None:
+def stage_shift_mask(config: BiRefNetConfig, hidden_states: torch.Tensor, *modules: nn.Module) -> torch.Tensor | None:
     """The mask of all shifted blocks for a map (B, H, W, C); None where attention is a kernel, which needs none.
 
     (windows, tokens, tokens); or, where attention goes through bands, (2 * 2, 1, tokens, tokens) for windows that are not
@@ -175,7 +180,7 @@ def stage_shift_mask(config: BiRefNetConfig, hidden_states: torch.Tensor) -> tor
     if works_in_kernel(config, hidden_states):
         return None
     size, like = config.window_size, (hidden_states.dtype, hidden_states.device)
-    if works_in_bands(config, hidden_states):
+    if works_in_bands(config, hidden_states, *modules):
         return shifted_window_mask(2 * size, 2 * size, size, size // 2, *like)[:, None]
     height, width = (round_up(side, size) for side in hidden_states.shape[1:3])
     return shifted_window_mask(height, width, size, size // 2, *like)
@@ -235,7 +240,7 @@ class BiRefNetSwinAttention(nn.Module):
             output = self.proj(output)
             return output if after is None else after(hidden_states, output), None
         # By the mask where there is one: reentrant checkpointing turns autograd off after the mask was made.
-        if shift_mask.ndim == 4 if shift else works_in_bands(self.config, hidden_states):
+        if shift_mask.ndim == 4 if shift else works_in_bands(self.config, hidden_states, self):
             return self.forward_in_bands(hidden_states, shift, shift_mask, before, after, **kwargs), None
 
         batch_size, height, width, channels = hidden_states.shape
@@ -369,12 +374,15 @@ class BiRefNetSwinBlock(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, shift_mask: torch.Tensor | None, **kwargs) -> torch.Tensor:
         """(B, H, W, C) → (B, H, W, C)."""
         shift_mask = shift_mask if self.shift else None
-        in_bands = not self.training and works_in_bands(self.attn.config, hidden_states) and not has_hooks(self.attn)
+        is_inference = not self.training and not self.drop_path.training
+        in_bands = is_inference and works_in_bands(self.attn.config, hidden_states, *self.children())
+        is_watched = have_hooks(self.norm1)
         attention, _ = self.attn(
-            hidden_states,
+            self.norm1(hidden_states) if is_watched else hidden_states,
             self.shift,
             shift_mask,
-            before=lambda tokens: self.norm1(tokens),  # no module, which hooks of offloaded weights would move
+            # No module, which hooks of offloaded weights would move.
+            before=None if is_watched else lambda tokens: self.norm1(tokens),
             after=self.add if in_bands else None,
             **kwargs,
         )
@@ -425,7 +433,8 @@ class BiRefNetSwinStage(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, H, W, C) → this stage's output (B, H, W, C) and the next one's input (B, ⌈H/2⌉, ⌈W/2⌉, 2C)."""
-        shift_mask = stage_shift_mask(self.config, hidden_states)
+        parts = [part for block in self.blocks for part in block.children()]
+        shift_mask = stage_shift_mask(self.config, hidden_states, *parts)
         for block in self.blocks:
             hidden_states = block(hidden_states, shift_mask, **kwargs)
         return hidden_states, None if self.downsample is None else self.downsample(hidden_states)

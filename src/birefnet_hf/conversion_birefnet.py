@@ -121,6 +121,14 @@ register_checkpoint_conversion_mapping(
 )
 
 
+def to_library_name(name: str) -> str:
+    """A tensor's name in this package, from the released one; a name of this package stays as it is."""
+    for released, ours in RELEASED_TO_LIBRARY_NAMES:
+        # Both are patterns, as names are replaced in both directions: of escapes and anchors a replacement has none.
+        name = re.sub(released, re.sub(r"\\(?!\d)|\^", "", ours), name)
+    return name
+
+
 def strip_training_prefixes(names: Iterable[str]) -> dict[str, str]:
     """Maps each tensor name to itself without the `module.` (DDP) and `_orig_mod.` (torch.compile) prefixes."""
     return {name: re.sub(r"^(?:module\.|_orig_mod\.)+", "", name) for name in names}

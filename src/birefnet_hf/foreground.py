@@ -241,7 +241,7 @@ def composite(foreground: torch.Tensor, alpha: torch.Tensor, background: torch.T
     """
     _check_shapes(foreground, alpha)
     height, width = foreground.shape[-2:]
-    background = background.to(foreground)
+    background = background.to(foreground.device, torch.float32)  # scaling knows no half precision on a CPU
     if background.shape[-2:] not in ((1, 1), (height, width)):
         scale = max(height / background.shape[-2], width / background.shape[-1])
         size = [
@@ -252,7 +252,7 @@ def composite(foreground: torch.Tensor, alpha: torch.Tensor, background: torch.T
         top, left = (size[0] - height) // 2, (size[1] - width) // 2
         background = background[:, top : top + height, left : left + width]
     alpha = alpha.reshape(*foreground.shape[:-3], 1, height, width).to(foreground.dtype)
-    return torch.lerp(background.expand_as(foreground), foreground, alpha)
+    return torch.lerp(background.to(foreground.dtype).expand_as(foreground), foreground, alpha)
 
 
 def cut_out(image: Image.Image, alpha: Image.Image, refine: bool = True) -> Image.Image:

@@ -59,7 +59,7 @@ def load_image(
     are scaled to 8 bits, of animations the first frame is taken.
 
     Args:
-        source: Path; http, https or data URL; an open binary file or its bytes; PIL image of any mode; array H×W, H×W×1,
+        source: Path; http, https or data URL; an open binary file, or what else has `read`, or its bytes; PIL image of any mode; array H×W, H×W×1,
             H×W×3 or H×W×4, uint8, bool, or float in [0, 1].
         timeout: Seconds that fetching a URL may take in all, 30 by default.
         max_bytes: Largest file that is fetched.
@@ -73,8 +73,9 @@ def load_image(
         ImageLoadError: there is no such file or address, or it holds no whole image.
         TypeError: `source` is none of the above.
     """
-    known = str | os.PathLike | bytes | io.IOBase | Image.Image | np.ndarray
-    if not isinstance(source, known) or isinstance(source, io.TextIOBase):
+    known = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray
+    is_file = hasattr(source, "read") and not isinstance(source, io.TextIOBase | Image.Image)
+    if not isinstance(source, known) and not is_file:
         raise TypeError(
             f"An image is given as path, URL, binary file, bytes, PIL image or array, not as {type(source).__name__}."
         )
@@ -82,7 +83,7 @@ def load_image(
     try:
         if isinstance(source, np.ndarray):
             return _from_array(source)
-        if isinstance(source, io.IOBase):
+        if is_file and not isinstance(source, os.PathLike):
             source = source.read()
         if isinstance(source, str) and urlsplit(source).scheme in ("http", "https"):
             name = source
@@ -98,7 +99,7 @@ def load_image(
                 raise ImageLoadError(f"{name} is a folder; name an image in it.")
             if os.path.getsize(name) == 0:
                 raise ImageLoadError(f"{name} is empty.")
-        if isinstance(source, bytes):
+        if isinstance(source, bytes | bytearray | memoryview):
             source = io.BytesIO(source)
         if isinstance(source, Image.Image):
             return _upright_rgb(source, max_pixels)

@@ -260,6 +260,10 @@ class _BiRefNetImageProcessing:
                     "An image array of 16 bits would be taken for one of 8: pass `(array / 257).round().astype('uint8')`, "
                     "or the image's path."
                 )
+            if image.dtype == torch.bool:
+                image = image.to(torch.uint8) * 255
+            elif image.dtype == torch.bfloat16:  # which NumPy has not
+                image = image.float()
             image = image[None] if image.ndim == 2 else self._channels_first(image, input_data_format)
             image = image.expand(3, -1, -1) if image.shape[0] == 1 else image[:3]
             input_data_format = ChannelDimension.FIRST
@@ -400,7 +404,7 @@ class _BiRefNetImageProcessing:
             raise ValueError(f"Expected logits of shape B×1×H×W, got {tuple(alphas.shape)}.")
         if target_sizes is None:
             return list(alphas[:, 0])
-        sizes = torch.as_tensor(target_sizes)
+        sizes = torch.stack([torch.as_tensor(size) for size in target_sizes]) if len(target_sizes) else torch.empty(0)
         if sizes.shape != (len(alphas), 2):
             raise ValueError(
                 f"target_sizes must hold one (height, width) for each of the {len(alphas)} images, got {target_sizes}."

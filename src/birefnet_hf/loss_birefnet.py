@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ops_birefnet import is_transformed
+
 
 P = ParamSpec("P")
 
@@ -256,6 +258,8 @@ def _gaussian_blur(values: Tensor, kernel_size: int = 11, sigma: float = 1.5) ->
     (forward and backward), it stores nothing for the backward pass, and TF32 cannot touch it. That matters because
     SSIM subtracts blurred maps of nearly equal value.
     """
+    if is_transformed():  # torch.func's transforms want operations that they know
+        return _sum_shifted(values, kernel_size, sigma)
     return _GaussianBlur.apply(values, kernel_size, sigma)
 
 

@@ -262,6 +262,8 @@ def _to_unit_interval(array: np.ndarray, name: str) -> np.ndarray:
     if array.ndim != 2 or array.size == 0:
         raise ValueError(f"{name} must be (height, width) with at least one pixel, got shape {array.shape}")
     if array.dtype == np.uint8:
+        if name == "target" and array.max() == 1:
+            raise ValueError(f"{name} is uint8, so 255 is foreground, but holds 0 and 1 only: pass {name} > 0")
         return array / 255
     if array.dtype != bool and not np.issubdtype(array.dtype, np.floating):
         raise TypeError(f"{name} must be uint8 in [0, 255], bool, or float in [0, 1], got {array.dtype}")

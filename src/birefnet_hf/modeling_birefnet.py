@@ -4,8 +4,10 @@ An image is localised by a backbone run at two scales and a squeeze module, and 
 fine by a decoder in which every level refers inward, to the image's own pixels, and outward, to its gradients.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +21,15 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .backbone_swin_birefnet import BiRefNetSwinAttention, BiRefNetSwinBackbone, relative_position_index, round_up
 from .backbone_timm_birefnet import build_timm_backbone
 from .configuration_birefnet import BiRefNetConfig
-from .conversion_birefnet import IGNORED_TENSORS
+from .conversion_birefnet import IGNORED_TENSORS, strip_training_prefixes, to_library_name
 from .loss_birefnet import BiRefNetLoss
 from .ops_birefnet import (
     add_projected_deform_conv2d,
     deform_conv2d,
     has_hooks,
+    have_hooks,
     is_plain_inference,
+    is_transformed,
     is_triton_inference,
     scale_and_shift,
 )
@@ -136,8 +140,19 @@ class BiRefNetBatchNorm2d(nn.BatchNorm2d):
         return super().forward(hidden_states)
 
 
-class BiRefNetModulatedConv2d(nn.Conv2d):
-    """A convolution that samples its input at displaced and modulated positions, see `deform_conv2d`."""
+class BiRefNetModulatedConv2d(nn.Module):
+    """A convolution that samples its input at displaced and modulated positions, see `deform_conv2d`.
+
+    No `nn.Conv2d`, whose call takes one map: tools that replace such layers leave this one alone.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, kernel_size, kernel_size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Conv2d's
 
     def forward(self, hidden_states: torch.Tensor, offset: torch.Tensor, modulator: torch.Tensor) -> torch.Tensor:
         # Under autocast offsets arrive in half precision while the input may still be float32.
@@ -155,9 +170,15 @@ def is_plain(*modules: nn.Module) -> bool:
         type(module) in kinds
         and type(module.weight) is nn.Parameter
         and not module.weight.is_meta
+        and getattr(module, "padding_mode", "zeros") == "zeros"
         and not has_hooks(module)
         for module in modules
     )
+
+
+def norm_relu(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """ReLU of what `norm` gives, in its place where nobody else can hold it."""
+    return F.relu(norm(hidden_states), inplace=is_plain(norm))
 
 
 def conv_of_concatenation(conv: nn.Module, feature_maps: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -219,7 +240,8 @@ class BiRefNetZeroConv2d(nn.Conv2d):
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:  # adapters of peft are made without
+            nn.init.zeros_(self.bias)
 
 
 class BiRefNetDeformableConv(nn.Module):
@@ -230,18 +252,16 @@ class BiRefNetDeformableConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__()
-        padding = kernel_size // 2
+        padding, self.num_taps = kernel_size // 2, kernel_size**2
         self.offset_conv = BiRefNetZeroConv2d(in_channels, 2 * kernel_size**2, kernel_size, padding=padding)
         self.modulator_conv = BiRefNetZeroConv2d(in_channels, kernel_size**2, kernel_size, padding=padding)
-        self.regular_conv = BiRefNetModulatedConv2d(
-            in_channels, out_channels, kernel_size, padding=padding, bias=False
-        )
+        self.regular_conv = BiRefNetModulatedConv2d(in_channels, out_channels, kernel_size)
 
     def displacement(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Offsets (B, 2k², H, W) and modulators (B, k², H, W)."""
         both = self.raw_displacement(hidden_states)
-        num_taps = self.modulator_conv.out_channels
-        return both[:, : 2 * num_taps], 2 * both[:, 2 * num_taps : 3 * num_taps].sigmoid()
+        offset, modulator = both[:, : 3 * self.num_taps].split((2 * self.num_taps, self.num_taps), dim=1)
+        return offset, 2 * modulator.sigmoid()
 
     def raw_displacement(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, at least 3k², H, W): offsets and logits of modulators, by one convolution where both can be merged."""
@@ -278,7 +298,7 @@ class BiRefNetConvNormReLU(nn.Module):
 
     def activate(self, convolved: torch.Tensor) -> torch.Tensor:
         """What follows the convolution."""
-        return F.relu(self.norm(convolved), inplace=True)
+        return norm_relu(self.norm, convolved)
 
 
 class BiRefNetASPP(nn.Module):
@@ -324,7 +344,7 @@ class BiRefNetASPP(nn.Module):
         """(B, in_channels, H, W) → (B, out_channels, H, W)."""
         branches = [self.pointwise_branch, *self.wide_branches]
         pooled = self.global_branch(hidden_states.mean(dim=(2, 3), keepdim=True))  # (B, width, 1, 1)
-        if not is_plain(self.projection.conv):
+        if not is_plain(self.projection.conv) or has_hooks(self.projection):
             outputs = [branch(hidden_states) for branch in branches]
             outputs.append(pooled.expand_as(outputs[0]))  # resizing one pixel is repeating it
             return self.dropout(self.projection(torch.cat(outputs, dim=1)))
@@ -347,6 +367,10 @@ class BiRefNetASPP(nn.Module):
         if not is_fused and not is_plain_inference(hidden_states):
             return False
         branches = (self.pointwise_branch, *self.deformable_branches)
+        if have_hooks(*branches) or any(
+            branch.norm.training or branch.norm.running_mean is None for branch in branches
+        ):
+            return False
         return is_plain(*(layer for branch in branches for layer in (branch.conv.regular_conv, branch.norm)))
 
     def add_chunks(
@@ -402,7 +426,7 @@ class BiRefNetDecoderBlock(nn.Module):
 
     def forward(self, *feature_maps: torch.Tensor) -> torch.Tensor:
         """(B, C_i, H, W), whose channels sum to `in_channels` → (B, out_channels, H, W)."""
-        output = F.relu(self.norm_in(conv_of_concatenation(self.conv_in, feature_maps)), inplace=True)
+        output = norm_relu(self.norm_in, conv_of_concatenation(self.conv_in, feature_maps))
         output = self.norm_out(self.conv_out(self.attention(output)))
         return output if self.shortcut is None else output + conv_of_concatenation(self.shortcut, feature_maps)
 
@@ -412,15 +436,15 @@ class BiRefNetInwardReference(nn.Module):
 
     def __init__(self, config: BiRefNetConfig, stride: int, out_channels: int):
         super().__init__()
+        self.config = config
         self.split = config.split_image_patches
-        self.patch_order = config.patch_order
         in_channels = config.num_channels * (stride**2 if self.split else 1)
         self.conv_in = nn.Conv2d(in_channels, config.image_channels, 3, padding=1)
         self.conv_out = nn.Conv2d(config.image_channels, out_channels, 3, padding=1)
 
     def forward(self, image: torch.Tensor, size: torch.Size) -> torch.Tensor:
         """(B, 3, H, W) → (B, out_channels, *size)."""
-        patches = stack_patches(image, size, self.patch_order) if self.split else resize(image, size)
+        patches = stack_patches(image, size, self.config.patch_order) if self.split else resize(image, size)
         return self.conv_out(self.conv_in(patches))
 
 
@@ -436,7 +460,7 @@ class BiRefNetOutwardReference(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, C, H, W) → the same, gated, and in training the gradient's logits (B, 1, H, W)."""
-        gradient_features = F.relu(self.norm(self.conv(hidden_states)), inplace=True)
+        gradient_features = norm_relu(self.norm, self.conv(hidden_states))
         gated = hidden_states * self.attention_head(gradient_features).sigmoid()
         return gated, self.gradient_head(gradient_features) if self.training else None
 
@@ -471,7 +495,7 @@ class BiRefNetDecoderLevel(nn.Module):
         """Refines what the coarser level gave with this level's features and pixels.
 
         Args:
-            feature_map: (B, C, h, w), the encoder's, which has gone through `lateral` where there is one. Overwritten.
+            feature_map: (B, C, h, w), the encoder's, which has gone through `lateral` where there is one. May be overwritten.
             coarser: Output of the level above at half this size, None at level 4.
             image: (B, 3, H, W).
 
@@ -479,7 +503,10 @@ class BiRefNetDecoderLevel(nn.Module):
             Output (B, out_channels, h, w); in training the side output and the gradient, both (B, 1, h, w).
         """
         if coarser is not None:
-            feature_map.add_(resize(coarser, feature_map.shape[-2:]))
+            coarser = resize(coarser, feature_map.shape[-2:])
+            # In place where nobody else can hold the map.
+            is_own = self.lateral is not None and is_plain(self.lateral) and not has_hooks(self)
+            feature_map = feature_map.add_(coarser) if is_own else feature_map + coarser
         inputs = [feature_map]
         if self.inward_reference is not None:
             inputs.append(self.inward_reference(image, feature_map.shape[-2:]))
@@ -559,7 +586,7 @@ class BiRefNetDecoder(nn.Module):
         convs = (
             [self.mask_head] if image_branch is None else [self.mask_head, image_branch.conv_in, image_branch.conv_out]
         )
-        if not is_plain(*convs):
+        if not is_plain(*convs) or (image_branch is not None and has_hooks(image_branch)):
             features = [resize(hidden_states, size)]
             if image_branch is not None:
                 features.append(image_branch(image, size))
@@ -575,6 +602,22 @@ class BiRefNetDecoder(nn.Module):
         folded_weight = torch.einsum("o,oikl->ikl", image_weight, conv_out.weight)[None]
         folded_bias = bias + (image_weight * conv_out.bias).sum()
         return logits + conv_pair(image, conv_in.weight, conv_in.bias, folded_weight, folded_bias)
+
+
+def take_released_names(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+    """Lets `load_state_dict` take a saved file's content, as Transformers' `Trainer` gives it, beside the network's own.
+
+    What no file holds is made anew: after `to_empty` it would be random.
+    """
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        own = name.removeprefix(prefix)
+        if IGNORED_TENSORS.search(own):
+            del state_dict[name]
+        elif (renamed := to_library_name(own)) != own:
+            state_dict[prefix + renamed] = state_dict.pop(name)
+    for module in model.modules():
+        if isinstance(module, BiRefNetSwinAttention) and not module.relative_position_index.is_meta:
+            module.relative_position_index.copy_(relative_position_index(module.window_size))
 
 
 @auto_docstring
@@ -607,7 +650,7 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d):
+        elif isinstance(module, (nn.Conv2d, BiRefNetModulatedConv2d)):
             module.reset_parameters()
         elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
             init.ones_(module.weight)
@@ -665,6 +708,11 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
                     "Load the model it was trained on, and give both to PeftModel.from_pretrained of peft."
                 )
             unexpected = sorted(info["unexpected_keys"])
+            if any(name != stripped for name, stripped in strip_training_prefixes(unexpected).items()):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} was saved from a wrapped network: its names begin like "
+                    f"{unexpected[0]!r}. Write it anew with scripts/convert_checkpoint.py."
+                )
             raise ValueError(
                 f"{pretrained_model_name_or_path} lacks {len(missing)} tensors of this network, e.g. {missing[:3]}"
                 + (f", and has {len(unexpected)} that it does not know, e.g. {unexpected[:3]}" if unexpected else "")
@@ -696,9 +744,15 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
             nn.Linear(channels[3], config.num_auxiliary_classes) if config.num_auxiliary_classes else None
         )
         self.criterion = BiRefNetLoss(config.loss_task)
+        self.register_load_state_dict_pre_hook(take_released_names)
         self.post_init()
         if config.freeze_backbone:
             self.backbone.requires_grad_(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The decoder's: a backbone may be kept in higher precision."""
+        return self.decoder.mask_head.weight.dtype
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's first convolution: where training of adapters lets gradients begin."""
@@ -777,12 +831,12 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
         height, width = pixel_values.shape[-2:]
         image = pad_to_divisor(pixel_values.to(self.get_input_embeddings().weight.dtype))
         # What convolutions work in; without it, each of a convolutional backbone's copies its map there and back.
-        image = image.contiguous(memory_format=torch.channels_last)
+        if not is_transformed():
+            image = image.contiguous(memory_format=torch.channels_last)
 
         feature_maps = self.encode(image, **kwargs)
-        dtype = self.decoder.mask_head.weight.dtype
-        if image.dtype != dtype:  # the backbone was kept in float32
-            feature_maps, image = [feature_map.to(dtype) for feature_map in feature_maps], image.to(dtype)
+        if image.dtype != self.dtype:  # the backbone was kept in float32
+            feature_maps, image = [feature_map.to(self.dtype) for feature_map in feature_maps], image.to(self.dtype)
         class_logits, gradient_targets = None, ()
         if self.training and self.class_head is not None:
             class_logits = self.class_head(feature_maps[3].mean(dim=(2, 3)))
@@ -801,6 +855,9 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
             labels = labels[:, None] if labels.dim() == 3 else labels
             if labels.dtype == torch.bool:
                 labels = labels.to(image.dtype)  # PyTorch pads no truth values
+            if labels.shape[-2:] != (height, width) and image.shape[-2:] != (height, width):
+                # What the logits beyond the image are compared with has to lie beyond the labels.
+                labels = F.interpolate(labels.float(), (height, width), mode="bilinear", antialias=True)
             if labels.shape[-2:] == (height, width):
                 labels = pad_to_divisor(labels)
             loss, loss_terms = self.criterion(

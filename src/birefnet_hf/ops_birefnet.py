@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import deform_conv2d as torchvision_deform_conv2d
 
@@ -55,7 +56,8 @@ def deform_conv2d(
         if feature_map.dtype == torch.bfloat16:  # which torchvision has not, or with its last versions only
             inputs = (tensor.float() for tensor in (feature_map, offset, modulator, weight))
             return deform_conv2d(*inputs, implementation="torchvision").to(torch.bfloat16)
-        return torchvision_deform_conv2d(feature_map, offset, weight, padding=weight.shape[-1] // 2, mask=modulator)
+        padding = int(weight.shape[-1]) // 2  # a tensor to torch.jit
+        return torchvision_deform_conv2d(feature_map, offset, weight, padding=padding, mask=modulator)
     if implementation == "gather":
         inputs = (feature_map, offset, modulator, weight)
         return _gather_deform_conv2d(
@@ -69,9 +71,14 @@ def _is_captured() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
+def is_transformed() -> bool:
+    """Whether one of torch.func's transforms is at work."""
+    return not _is_captured() and torch._C._are_functorch_transforms_active()
+
+
 def _is_watched() -> bool:
     """Whether a graph is being recorded or one of torch.func's transforms is at work."""
-    return _is_captured() or torch._C._are_functorch_transforms_active()
+    return _is_captured() or is_transformed()
 
 
 def is_plain_inference(feature_map: torch.Tensor) -> bool:
@@ -104,8 +111,16 @@ def is_triton_inference(hidden_states: torch.Tensor) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something is to happen when the module is called."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether something is to happen when the module is called, or when gradients come back to it."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    # Accelerate's replacement moves tensors to the module's device, no more.
+    is_patched = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
+    return bool(own or is_patched or _has_any_global_hook())
+
+
+def have_hooks(*modules: nn.Module) -> bool:
+    """`has_hooks` of these modules, or of one within them."""
+    return any(has_hooks(part) for module in modules for part in module.modules())
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
@@ -440,8 +455,10 @@ __all__ = [
     "add_projected_deform_conv2d",
     "deform_conv2d",
     "has_hooks",
+    "have_hooks",
     "is_plain_inference",
     "is_plain_linear",
+    "is_transformed",
     "is_triton_inference",
     "linear",
     "linear_after",

@@ -114,7 +114,7 @@ class BackgroundRemovalPipeline(Pipeline):
         if isinstance(inputs, tuple):
             inputs = list(inputs)
         elif isinstance(inputs, Iterator | Sequence) and not isinstance(
-            inputs, list | str | bytes | io.IOBase | Dataset
+            inputs, list | str | bytes | bytearray | memoryview | io.IOBase | Dataset
         ):
             inputs = _Stream(iter(inputs))
         if isinstance(inputs, list) and not inputs:
