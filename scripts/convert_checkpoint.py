@@ -12,13 +12,12 @@ so that other BiRefNet tools keep loading them, config.json and preprocessor_con
 import argparse
 import json
 import logging
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageSegmentation
 from transformers.utils import IMAGE_PROCESSOR_NAME
@@ -26,6 +25,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
 from birefnet_hf.checkpoints_birefnet import get_checkpoint
 from birefnet_hf.conversion_birefnet import IGNORED_TENSORS, infer_architecture, load_state_dict_file
+from birefnet_hf.image_loading import staged_files
 
 
 logger = logging.getLogger("convert_checkpoint")
@@ -80,14 +80,15 @@ def find_weights(path: Path) -> Path:
 
 
 def own_settings(path: Path) -> dict[str, object]:
-    """What a directory that `save_pretrained` wrote says about its network beyond the tensors; nothing of other inputs."""
+    """What the settings that `save_pretrained` wrote beside the tensors say of the network beyond these; nothing elsewhere."""
     try:
         settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     if settings.get("model_type") != BiRefNetConfig.model_type:
         return {}
-    names = ("patch_order", "image_size", "loss_task", "multi_scale_input")
+    names = ("patch_order", "image_size", "loss_task", "multi_scale_input", "id2label", "label2id")
+    names += ("attention_block_dropout", "drop_path_rate", "initializer_range", "freeze_backbone")
     return {name: settings[name] for name in names if name in settings}
 
 
@@ -150,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         weights = find_weights(arguments.input)
         state_dict = load_state_dict_file(weights)
         checkpoint = get_checkpoint(str(arguments.input))
-        overrides = own = own_settings(arguments.input)
+        folder = arguments.input if arguments.input.is_dir() else arguments.input.parent
+        overrides = own = own_settings(folder)
         if checkpoint is not None:
             overrides = {"image_size": checkpoint.size, "loss_task": checkpoint.loss_task} | overrides
         given = {
@@ -163,8 +165,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = build(
             state_dict, str(weights), {name: value for name, value in overrides.items() if value is not None}
         )
-        if own and arguments.size is None and (arguments.input / IMAGE_PROCESSOR_NAME).is_file():
-            processor = BiRefNetImageProcessor.from_pretrained(arguments.input)
+        if own and arguments.size is None and (folder / IMAGE_PROCESSOR_NAME).is_file():
+            processor = BiRefNetImageProcessor.from_pretrained(folder)
         elif size is not None:
             processor = BiRefNetImageProcessor(size={"height": size[0], "width": size[1]})
         elif checkpoint is not None:
@@ -183,15 +185,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         dict(processor.size),
     )
     # Nothing appears under OUTPUT_DIR until it is complete and checked.
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as staging:
-        folder = Path(staging) / "model"
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        check_saved(folder, state_dict, model, arguments.verify)
-        if output_dir.exists():
-            output_dir.rmdir()
-        shutil.move(folder, output_dir)
+    try:
+        with staged_files(output_dir) as folder:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+            check_saved(folder, state_dict, model, arguments.verify)
+    except (OSError, SafetensorError) as error:
+        logger.error("%s could not be written: %s", output_dir, error)
+        return 1
     logger.info("Saved to %s.", output_dir)
     return 0
 

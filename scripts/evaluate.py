@@ -61,11 +61,11 @@ from birefnet_hf.data import (
     sample_names,
     seeded_random,
 )
-from birefnet_hf.image_loading import ImageLoadError, save_image
+from birefnet_hf.image_loading import ImageLoadError, save_image, staged_files
 from birefnet_hf.metrics import METRICS, Convention, ImageMetrics, compute_metrics, summarize
 from birefnet_hf.pipeline_birefnet import BackgroundRemovalPipeline
 from birefnet_hf.synthesis import Compositor
-from birefnet_hf.training import check_processes, draw_row, stack_rows, staged_files
+from birefnet_hf.training import check_processes, draw_row, stack_rows
 
 
 logger = logging.getLogger("birefnet_hf.evaluate")

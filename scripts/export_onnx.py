@@ -19,9 +19,7 @@ Needs `pip install "birefnet-hf[onnx]"`, and minutes of time.
 import argparse
 import json
 import logging
-import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +31,7 @@ from torch.export import Dim
 
 from birefnet_hf import BiRefNetForImageSegmentation, BiRefNetImageProcessor
 from birefnet_hf.checkpoints_birefnet import resolve_checkpoint
+from birefnet_hf.image_loading import staged_files
 from birefnet_hf.modeling_birefnet import SIZE_DIVISOR
 from birefnet_hf.onnx_birefnet import ONNX_FILE_NAMES, BiRefNetOnnxForImageSegmentation
 
@@ -217,6 +216,16 @@ def check_settings(folder: Path, output: Path) -> None:
                 )
 
 
+def check_other_precision(expected: torch.Tensor, pictures: torch.Tensor, output: Path, file_name: str) -> None:
+    """Raises ExportError where the file that `output` already has is of other weights."""
+    try:
+        check(expected, pictures, output, file_name, "onnxruntime")
+    except ExportError as error:
+        raise ExportError(
+            f"{output / file_name} is of other weights than this model: choose another OUTPUT, or remove that file."
+        ) from error
+
+
 def run(arguments: argparse.Namespace) -> None:
     output: Path = arguments.output
     if output.exists() and not output.is_dir():
@@ -231,20 +240,21 @@ def run(arguments: argparse.Namespace) -> None:
         expected = model(pictures).logits
 
     # Nothing appears under OUTPUT until it is complete and checked.
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as staging:
-        folder = Path(staging)
+    with staged_files(output) as folder:
         model.config.save_pretrained(folder)
         processor.save_pretrained(folder)
         check_settings(folder, output)
+        for other in set(ONNX_FILE_NAMES.values()) - {file_name}:
+            if (output / other).exists():
+                check_other_precision(expected, pictures, output, other)
         logger.info("Tracing %s, %s, %d×%d.", arguments.model, arguments.dtype, *size)
         program = trace(model.to(dtype), size, arguments.batch_size)
         write(program, folder / file_name, arguments.opset)
         for runtime in arguments.check:
             check(expected, pictures, folder, file_name, runtime)
-        output.mkdir(exist_ok=True)
-        for path in folder.iterdir():
-            os.replace(path, output / path.name)
+        for name in SETTINGS_FILES:
+            if (output / name).exists():  # and says the same, see `check_settings`
+                (folder / name).unlink()
     megabytes = (output / file_name).stat().st_size / 1e6
     logger.info("Saved %s (%.0f MB).", output / file_name, megabytes)
 

@@ -9,14 +9,15 @@ transformers, and timm where the backbone is timm's.
 
 import argparse
 import logging
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
 from birefnet_hf.checkpoints_birefnet import resolve_checkpoint
+from birefnet_hf.image_loading import staged_files
 
 
 logger = logging.getLogger("export_remote_code")
@@ -52,19 +53,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     BiRefNetConfig.register_for_auto_class()
     BiRefNetForImageSegmentation.register_for_auto_class("AutoModelForImageSegmentation")
     BiRefNetImageProcessor.register_for_auto_class()
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
     # Nothing appears under OUTPUT_DIR until it is complete.
-    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as staging:
-        folder = Path(staging) / "model"
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        if output_dir.exists():
-            output_dir.rmdir()
-        shutil.move(folder, output_dir)
+    try:
+        with staged_files(output_dir) as folder:
+            model.save_pretrained(folder)
+            processor.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        logger.error("%s could not be written: %s", output_dir, error)
+        return 1
     logger.info("Saved %s with %d code files.", output_dir, len(list(output_dir.glob("*.py"))))
     if arguments.push_to_hub:
-        model.push_to_hub(arguments.push_to_hub)
-        processor.push_to_hub(arguments.push_to_hub)
+        try:
+            model.push_to_hub(arguments.push_to_hub)
+            processor.push_to_hub(arguments.push_to_hub)
+        except Exception as error:  # of the Hub's client, of the connection below it, or of the disk
+            logger.error(
+                "Not pushed: %s. %s is complete: hf upload %s %s", error, output_dir, arguments.push_to_hub, output_dir
+            )
+            return 1
         logger.info("Pushed to %s.", arguments.push_to_hub)
     return 0
 

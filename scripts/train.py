@@ -69,7 +69,7 @@ from tqdm.auto import tqdm
 from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
 from birefnet_hf.checkpoints_birefnet import get_checkpoint, resolve_checkpoint
 from birefnet_hf.data import BadDataError, TrainingBatchSampler, TrainingDataset, build_augmentation, load_pairs
-from birefnet_hf.image_loading import ImageLoadError
+from birefnet_hf.image_loading import ImageLoadError, staged_files
 from birefnet_hf.loss_birefnet import BiRefNetLoss, loss_weights
 from birefnet_hf.metrics import METRICS
 from birefnet_hf.modeling_birefnet import BiRefNetImageSegmentationOutput
@@ -92,7 +92,6 @@ from birefnet_hf.training import (
     schedule_factor,
     seed_step,
     set_training_mode,
-    staged_files,
     validation_loader,
 )
 

@@ -244,13 +244,41 @@ def test_conversion_script_on_a_saved_directory_keeps_its_settings(tiny_model_di
     settings = {"patch_order": "wg_hg_c", "loss_task": "matting"}
     BiRefNetForImageSegmentation.from_pretrained(tiny_model_dir, **settings).save_pretrained(source)
     BiRefNetImageProcessor(size={"height": 32, "width": 96}).save_pretrained(source)
+    BiRefNetConfig.from_pretrained(source, id2label={0: "rest", 1: "person"}, drop_path_rate=0.1).save_pretrained(
+        source
+    )
     assert run_script("convert_checkpoint.py", source, tmp_path / "converted") == 0
+    assert run_script("convert_checkpoint.py", source / "model.safetensors", tmp_path / "by-file") == 0
+    for name in ("config.json", "preprocessor_config.json"):
+        assert (tmp_path / "by-file" / name).read_text() == (tmp_path / "converted" / name).read_text()
     before, after = (
         AutoModelForImageSegmentation.from_pretrained(tmp_path / name).config for name in ("source", "converted")
     )
     assert after.patch_order == "wg_hg_c" and after.loss_task == "matting"
+    assert after.id2label[1] == "person" and after.drop_path_rate == 0.1
     assert after.image_size == before.image_size == (64, 64)
     assert dict(AutoImageProcessor.from_pretrained(tmp_path / "converted").size) == {"height": 32, "width": 96}
+
+
+@pytest.mark.parametrize("script", ["convert_checkpoint.py", "export_remote_code.py"])
+def test_output_may_be_a_link_and_is_left_alone_after_an_error(script, tiny_model_dir, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    command = [sys.executable, str(SCRIPTS / script), str(tiny_model_dir)]
+    result = subprocess.run([*command, str(tmp_path / "link")], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "disk" / "model.safetensors").is_file() and not list(tmp_path.glob("disk/.*"))
+    limited = ["bash", "-c", 'ulimit -f 100; trap "" XFSZ; exec "$@"', "-", *command, str(tmp_path / "new")]
+    result = subprocess.run(limited, capture_output=True, text=True, timeout=300)  # files of at most 100 kB
+    assert result.returncode == 1 and "could not be written" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_pickles_of_old(tiny_model_dir, tmp_path):
+    tensors = load_file(tiny_model_dir / "model.safetensors")
+    torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    loaded = load_state_dict_file(tmp_path / "old.pth")
+    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
 def test_remote_code_loads_without_the_package(tiny_model_dir, tmp_path):

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,30 @@ def test_exported_directory_by_name(exported_dir):
     assert isinstance(pipe.model, BiRefNetOnnxForImageSegmentation)
     expected = load_pipeline(BiRefNetOnnxForImageSegmentation.from_pretrained(exported_dir))(image)
     assert np.array_equal(np.asarray(pipe(image)), np.asarray(expected))
+
+
+def test_openvino_serves_several_threads(exported_dir):
+    pytest.importorskip("openvino")
+    exported = BiRefNetOnnxForImageSegmentation.from_pretrained(exported_dir, runtime="openvino", num_threads=1)
+    batches = [pictures(1, seed=seed) for seed in range(12)]
+    expected = [exported(batch).logits for batch in batches]
+    with ThreadPoolExecutor(3) as pool:
+        for logits, alone in zip(pool.map(lambda batch: exported(batch).logits, batches), expected, strict=True):
+            assert torch.equal(logits, alone)
+
+
+def test_exported_pipeline_can_be_shown(exported_dir):
+    assert "BackgroundRemovalPipeline" in repr(load_pipeline(str(exported_dir)))
+
+
+def test_two_networks_do_not_share_a_folder(exported_dir, program, tmp_path, monkeypatch, caplog):
+    shutil.copytree(exported_dir, tmp_path / "exported")
+    other = save(random_network(seed=1), tmp_path / "other")
+    monkeypatch.setattr(export_onnx, "trace", lambda *arguments: pytest.fail("too late"))
+    argv = [str(other), str(tmp_path / "exported"), "--dtype", "float16", "--check", "onnxruntime"]
+    assert export_onnx.main(argv) == 1
+    assert "model.onnx is of other weights than this model" in caplog.text
+    assert {path.name for path in (tmp_path / "exported").iterdir()} == {path.name for path in exported_dir.iterdir()}
 
 
 def test_openvino_agrees_with_pytorch(exported_dir, network_dir):

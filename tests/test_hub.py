@@ -11,10 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "ZhengPeng7/BiRefNet_512x512"
+REPOSITORIES = (REPOSITORY, "joelseytre/toonout")
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -30,11 +33,11 @@ class Hub(BaseHTTPRequestHandler):
         self.server.log.append((self.command, path, self.headers.get("Range")))
         name = path.rpartition("/")[2]
         file = self.server.folder / name
-        if REPOSITORY not in path:
+        if not any(known in path for known in REPOSITORIES):
             self.answer(404, b"", {"X-Error-Code": "RepoNotFound"}, with_body)
         elif path.startswith("/api/"):
             siblings = [{"rfilename": file.name} for file in self.server.folder.iterdir()]
-            body = json.dumps({"id": REPOSITORY, "sha": COMMIT, "siblings": siblings}).encode()
+            body = json.dumps({"id": name, "sha": COMMIT, "siblings": siblings}).encode()
             self.answer(200, body, {"Content-Type": "application/json"}, with_body)
         elif not file.is_file():
             self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, with_body)
@@ -116,6 +119,29 @@ def test_released_repository(hub, tmp_path):
     requests = len(hub.log)
     assert run(everything, hub, tmp_path / "home", HF_HUB_OFFLINE="1") == expected
     assert len(hub.log) == requests
+
+
+def test_repository_of_one_pickled_file(hub, tmp_path):
+    """As joelseytre/toonout: a state dict of a wrapped network, no settings, no processor."""
+    for name in ("config.json", "model.safetensors"):
+        tensors = load_file(hub.folder / name) if name.endswith("safetensors") else {}
+        (hub.folder / name).unlink()
+    tensors = {f"module._orig_mod.{name}": tensor for name, tensor in tensors.items()}
+    torch.save(tensors, hub.folder / "birefnet_finetuned_toonout.pth")
+    program = """
+        from PIL import Image
+        from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, load_pipeline
+        print(BiRefNetConfig.from_pretrained("joelseytre/toonout").embed_dim)
+        name = "joelseytre/toonout"
+        model, info = BiRefNetForImageSegmentation.from_pretrained(name, patch_order="wg_hg_c", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"], info
+        print(model.config.patch_order, model.name_or_path)
+        pipe = load_pipeline("toonout", device="cpu")
+        print(pipe.image_processor.size.height, pipe(Image.new("RGB", (40, 30)), size=64).mode)
+    """
+    expected = "8\nwg_hg_c joelseytre/toonout\n1024 RGBA"
+    assert run(program, hub, tmp_path / "home") == expected
+    assert run(program, hub, tmp_path / "home", HF_HUB_OFFLINE="1") == expected
 
 
 def test_missing_repository(hub, tmp_path):

@@ -32,6 +32,7 @@ class Checkpoint:
         size: Input size (height, width) in pixels, or None for a checkpoint that keeps the size of the image.
         size_range: Smallest and largest side in pixels of a checkpoint that keeps the size of the image, else None.
         licence: SPDX identifier of the weights' licence.
+        weights_file: Name of the pickled state dict where the repository holds nothing else, no config.json either.
     """
 
     hub_id: str
@@ -42,6 +43,7 @@ class Checkpoint:
     size: tuple[int, int] | None = (1024, 1024)
     size_range: tuple[int, int] | None = None
     licence: str = "MIT"
+    weights_file: str | None = None
 
     @property
     def name(self) -> str:
@@ -65,6 +67,7 @@ class Checkpoint:
 _TASKS = {
     "matting": "matting",
     "portrait matting": "matting",
+    "background removal, soft": "matting",
     "dichotomous segmentation": "dis",
     "camouflaged objects": "cod",
     "salient objects": "hrsod",
@@ -93,9 +96,9 @@ CHECKPOINTS: tuple[Checkpoint, ...] = (
     Checkpoint("ZhengPeng7/BiRefNet-HRSOD", "hrsod", "salient objects", "wg_hg_c"),
     Checkpoint("ZhengPeng7/BiRefNet-legacy", "legacy", "general", "wg_hg_c"),
     Checkpoint("briaai/RMBG-2.0", "rmbg", "background removal", "wg_hg_c", licence="CC-BY-NC-4.0"),
-    Checkpoint("joelseytre/toonout", "toonout", "anime", "c_hg_wg"),
+    Checkpoint("joelseytre/toonout", "toonout", "anime", "c_hg_wg", weights_file="birefnet_finetuned_toonout.pth"),
     Checkpoint("cyberagent/layerd-birefnet", "layerd", "layers of graphic designs", "c_hg_wg"),
-    Checkpoint("egeorcun/lucida", "lucida", "background removal", "c_hg_wg", **_HIGH_RESOLUTION),
+    Checkpoint("egeorcun/lucida", "lucida", "background removal, soft", "c_hg_wg"),  # from BiRefNet_HR, at 1024 × 1024
 )
 # fmt: on
 

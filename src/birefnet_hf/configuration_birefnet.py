@@ -9,9 +9,11 @@ from transformers import PreTrainedConfig
 from transformers.utils import auto_docstring, logging
 
 from .conversion_birefnet import (
+    HUB_OPTIONS,
     SWIN_VARIANTS,
     TIMM_BACKBONE_CHANNELS,
     is_released_config,
+    pickled_weights,
     released_config_dict,
 )
 
@@ -297,23 +299,26 @@ class BiRefNetConfig(PreTrainedConfig):
         Raises:
             ValueError: the tensors are not those of a BiRefNet that this package knows; the message says why.
         """
-        hub_kwargs = {
-            name: kwargs[name]
-            for name in ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-            if kwargs.get(name) is not None
-        }
+        hub_kwargs = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+        if pickled_weights(pretrained_model_name_or_path, **hub_kwargs) is not None:
+            settings = released_config_dict({}, str(pretrained_model_name_or_path), **hub_kwargs)
+            return settings, {name: value for name, value in kwargs.items() if name not in hub_kwargs}
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if is_released_config(config_dict):
             config_dict = released_config_dict(config_dict, str(pretrained_model_name_or_path), **hub_kwargs)
         return config_dict, kwargs
 
     @classmethod
+    def own_settings(cls) -> set[str]:
+        """Names of the settings that the library's configurations do not have."""
+        inherited = {field.name for field in fields(PreTrainedConfig)}
+        return {field.name for field in fields(cls)} - inherited | {"num_labels"}
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "BiRefNetConfig":
         """As the library's, but settings given as keyword arguments are validated together with the dictionary's."""
         config_dict = {name: value for name, value in config_dict.items() if name != "bb_pretrained"}
-        inherited = {field.name for field in fields(PreTrainedConfig)}
-        own = {field.name for field in fields(cls)} - inherited | {"num_labels"}
-        config_dict |= {name: kwargs.pop(name) for name in own & kwargs.keys()}
+        config_dict |= {name: kwargs.pop(name) for name in cls.own_settings() & kwargs.keys()}
         return super().from_dict(config_dict, **kwargs)
 
 

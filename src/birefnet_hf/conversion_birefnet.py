@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from huggingface_hub import parse_safetensors_file_metadata
 from safetensors import safe_open
 from transformers.conversion_mapping import WeightRenaming, register_checkpoint_conversion_mapping
-from transformers.utils import cached_file, logging
+from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from .checkpoints_birefnet import get_checkpoint
 
@@ -20,6 +21,8 @@ logger = logging.get_logger(__name__)
 
 SAFETENSORS_NAME = "model.safetensors"
 SAFETENSORS_INDEX_NAME = "model.safetensors.index.json"
+# Of `from_pretrained`: where files come from.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
 
 # Constant buffers that the network rebuilds: in the files, never needed.
@@ -172,6 +175,21 @@ def released_config_dict(config_dict: Mapping[str, Any], name_or_path: str, **hu
     return settings
 
 
+def pickled_weights(name_or_path: str | os.PathLike[str], **hub_kwargs) -> Path | None:
+    """The file of a checkpoint that is published as a pickled state dict and nothing else; None for all others.
+
+    Raises:
+        OSError: such a checkpoint has no file of the known name, or cannot be reached.
+    """
+    name = os.fspath(name_or_path)
+    checkpoint = get_checkpoint(name)
+    if checkpoint is None or checkpoint.weights_file is None or os.path.isfile(name):
+        return None
+    if cached_file(name, CONFIG_NAME, **hub_kwargs, _raise_exceptions_for_missing_entries=False) is not None:
+        return None
+    return Path(cached_file(name, checkpoint.weights_file, **hub_kwargs))
+
+
 def read_tensor_shapes(name_or_path: str, **hub_kwargs) -> Shapes:
     """Names and shapes of a checkpoint's tensors, without reading their data.
 
@@ -197,6 +215,8 @@ def read_tensor_shapes(name_or_path: str, **hub_kwargs) -> Shapes:
         if len(pickles) == 1:
             return _read_file_shapes(pickles[0])
         raise OSError(f"{folder} has no {SAFETENSORS_NAME}; it holds {sorted(os.listdir(folder))[:10]}.")
+    if (pickled := pickled_weights(name_or_path, **hub_kwargs)) is not None:
+        return _read_file_shapes(pickled)
     cached = cached_file(
         name_or_path,
         SAFETENSORS_NAME,
@@ -236,7 +256,8 @@ def load_state_dict_file(path: Path) -> dict[str, torch.Tensor]:
     path = Path(path)
     if path.suffix in PICKLE_SUFFIXES:
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # Files of before PyTorch 1.6 are no archives.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except FileNotFoundError:
             raise
         except Exception as error:  # zip, pickle and runtime errors, depending on the damage

@@ -1,7 +1,8 @@
-"""Opens whatever a user hands over as an upright RGB image, safely, and saves images without half-written files."""
+"""Opens whatever a user hands over as an upright RGB image, safely, and saves without half-written files."""
 
 import base64
 import binascii
+import contextlib
 import http.client
 import io
 import ipaddress
@@ -10,9 +11,11 @@ import os
 import secrets
 import socket
 import ssl
+import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
@@ -28,6 +31,8 @@ ImageSource = str | os.PathLike[str] | bytes | io.IOBase | Image.Image | np.ndar
 DEFAULT_TIMEOUT = 30.0
 MAX_DOWNLOAD_BYTES = 50 * 2**20
 MAX_REDIRECTS = 5
+# How folders begin whose content is not complete.
+PARTIAL_PREFIX = ".partial-"
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Special ranges that Python's `is_global` lets through: site-local, documentation, IPv4 dummy and 6to4 relay.
@@ -322,6 +327,32 @@ def _is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved and not special
 
 
+@contextlib.contextmanager
+def staged_files(folder: Path) -> Iterator[Path]:
+    """Yields an empty folder whose files, when the block is left without an error, replace those of `folder`.
+
+    Each file is replaced in one step, so that a reader, or an interruption, finds a complete file at any time. After an
+    error nothing has changed, and a folder that was not there is not there.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # Within the folder, which may be a volume or a link to another disk.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=PARTIAL_PREFIX) as staging:
+            yield Path(staging)
+            for path in sorted(Path(staging).rglob("*")):
+                target = folder / path.relative_to(staging)
+                if path.is_dir():
+                    target.mkdir(exist_ok=True)
+                else:
+                    os.replace(path, target)
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
 def save_image(image: Image.Image, path: str | os.PathLike[str], **parameters: Any) -> None:
     """Saves an image so that the file appears whole or not at all. The suffix names the format; WebP is lossless.
 
@@ -349,4 +380,4 @@ def save_image(image: Image.Image, path: str | os.PathLike[str], **parameters: A
         temporary.unlink(missing_ok=True)
 
 
-__all__ = ["ImageLoadError", "ImageSource", "fetch", "is_url", "load_image", "save_image", "to_rgb"]
+__all__ = ["ImageLoadError", "ImageSource", "fetch", "is_url", "load_image", "save_image", "staged_files", "to_rgb"]

@@ -357,9 +357,13 @@ class _BiRefNetImageProcessing:
             offline = {**hub_options, "local_files_only": True, "force_download": False}
             if cached_file(name, IMAGE_PROCESSOR_NAME, **offline, _raise_exceptions_for_missing_entries=False):
                 raise  # it exists but cannot be read
-            # Raises the library's error where the repository does not exist or cannot be reached.
-            config_file = cached_file(name, CONFIG_NAME, **hub_options)
-            size = None if config_file is None else cls._size_from_config(name, config_file)
+            checkpoint = get_checkpoint(name)
+            if checkpoint is not None and checkpoint.weights_file is not None:
+                size = checkpoint.processor_size  # it has no file but that one
+            else:
+                # Raises the library's error where the repository does not exist or cannot be reached.
+                config_file = cached_file(name, CONFIG_NAME, **hub_options)
+                size = None if config_file is None else cls._size_from_config(name, config_file)
             if size is None:
                 raise
         unused = {key: value for key, value in kwargs.items() if key not in (*_HUB_OPTIONS, *_PRIVATE_OPTIONS)}

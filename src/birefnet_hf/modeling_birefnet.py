@@ -21,7 +21,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .backbone_swin_birefnet import BiRefNetSwinAttention, BiRefNetSwinBackbone, relative_position_index, round_up
 from .backbone_timm_birefnet import build_timm_backbone
 from .configuration_birefnet import BiRefNetConfig
-from .conversion_birefnet import IGNORED_TENSORS, strip_training_prefixes, to_library_name
+from .conversion_birefnet import (
+    HUB_OPTIONS,
+    IGNORED_TENSORS,
+    load_state_dict_file,
+    pickled_weights,
+    strip_training_prefixes,
+    to_library_name,
+)
 from .loss_birefnet import BiRefNetLoss
 from .ops_birefnet import (
     add_projected_deform_conv2d,
@@ -688,20 +695,32 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
             ValueError: tensors that the network needs are missing from the file. The library would fill them with random
                 numbers and warn; give `ignore_mismatched_sizes=True` if that is meant, e.g. to train a new head.
         """
+        name = pretrained_model_name_or_path
+        hub_options = {option: kwargs[option] for option in HUB_OPTIONS if kwargs.get(option) is not None}
+        pickled = (
+            None if name is None or kwargs.get("state_dict") is not None else pickled_weights(name, **hub_options)
+        )
+        if pickled is not None:  # which the library would not find
+            settings = {setting: kwargs.pop(setting) for setting in BiRefNetConfig.own_settings() & kwargs.keys()}
+            config = kwargs.pop("config", None) or BiRefNetConfig.from_pretrained(name, **hub_options, **settings)
+            kwargs |= {"config": config, "state_dict": load_state_dict_file(pickled)}
+            name = None
         model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
+            name,
             *model_args,
             output_loading_info=True,
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             **kwargs,
         )
+        if pickled is not None:
+            model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 # Counters are not cast. As they come from the file, each would keep all of it mapped into memory.
                 if buffer is not None and not buffer.is_floating_point() and not buffer.is_meta:
                     module._buffers[name] = buffer.clone()
         missing = sorted(info["missing_keys"])
-        if missing and not ignore_mismatched_sizes and kwargs.get("state_dict") is None:
+        if missing and not ignore_mismatched_sizes and (kwargs.get("state_dict") is None or pickled is not None):
             if any("modules_to_save" in name for name in missing):
                 raise ValueError(
                     f"{pretrained_model_name_or_path} holds an adapter, which transformers loads by itself from 5.18 on only. "

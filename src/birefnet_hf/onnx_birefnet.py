@@ -1,6 +1,7 @@
 """Exported BiRefNets (ONNX files of `scripts/export_onnx.py`) in ONNX Runtime or OpenVINO, for the same processor and pipeline."""
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -92,7 +93,14 @@ def _open_with_openvino(path: str, num_threads: int | None) -> _Session:
     except RuntimeError as error:
         raise ValueError(f"OpenVINO {openvino.__version__} cannot load {path}: {error}") from error
     shape = tuple(side.get_length() if side.is_static else None for side in compiled.input(0).partial_shape)
-    return _Session(lambda pixels: compiled([pixels])[0], shape)
+    requests = threading.local()  # calling `compiled` itself, threads would share one, and get each other's results
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        if not hasattr(requests, "own"):
+            requests.own = compiled.create_infer_request()
+        return requests.own.infer([pixels])[0]
+
+    return _Session(run, shape)
 
 
 class BiRefNetOnnxForImageSegmentation:
@@ -117,6 +125,7 @@ class BiRefNetOnnxForImageSegmentation:
     """
 
     main_input_name = "pixel_values"
+    input_modalities = ("image",)
     device = torch.device("cpu")
     dtype = torch.float32
 
@@ -158,11 +167,11 @@ class BiRefNetOnnxForImageSegmentation:
         name = os.fspath(name_or_path)
         config = BiRefNetConfig.from_pretrained(name, **hub_options)
         if file_name is None:
-            found = [
+            found = (
                 cached_file(name, candidate, **hub_options, _raise_exceptions_for_missing_entries=False)
                 for candidate in ONNX_FILE_NAMES.values()
-            ]
-            path = next((path for path in found if path is not None), None)
+            )
+            path = next((path for path in found if path is not None), None)  # only this one is downloaded
             if path is None:
                 raise OSError(
                     f"{name} holds none of {list(ONNX_FILE_NAMES.values())}; scripts/export_onnx.py writes them."
@@ -182,19 +191,26 @@ class BiRefNetOnnxForImageSegmentation:
     def __call__(self, pixel_values: torch.Tensor, **kwargs) -> BiRefNetImageSegmentationOutput:
         """Computes logits (B, 1, H, W) from (B, 3, H, W), on the device of `pixel_values`.
 
+        Where the file was exported for one batch size, others go through it in parts, the last one filled up.
+
         Raises:
             ValueError: the shape is not one that the file was exported for.
         """
         pixels = pixel_values.to("cpu", torch.float32)
         if pixels.dim() != 4 or any(
-            expected not in (None, side) for side, expected in zip(pixels.shape, self.input_shape, strict=True)
+            expected not in (None, side) for side, expected in zip(pixels.shape[1:], self.input_shape[1:], strict=True)
         ):
             expected = ", ".join("any" if side is None else str(side) for side in self.input_shape)
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}; this file was exported for ({expected}). Give the "
                 f"image processor that size, or export with another --size, multiples of {SIZE_DIVISOR}."
             )
-        logits = torch.from_numpy(self._session.run(pixels.contiguous().numpy()))
+        size = self.input_shape[0] or len(pixels)
+        parts = []
+        for part in pixels.split(size):
+            filled = torch.cat((part, part[-1:].expand(size - len(part), -1, -1, -1)))
+            parts.append(torch.from_numpy(self._session.run(filled.contiguous().numpy()))[: len(part)])
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
         return BiRefNetImageSegmentationOutput(logits=logits.to(pixel_values.device))
 
     def eval(self) -> "BiRefNetOnnxForImageSegmentation":

@@ -4,7 +4,6 @@ What a run does at a step follows from the step's number wherever that is possib
 that little has to be saved and an interrupted run can be continued exactly.
 """
 
-import contextlib
 import json
 import logging
 import math
@@ -12,8 +11,7 @@ import os
 import random
 import re
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,7 +31,7 @@ from transformers import PreTrainedConfig
 from .backbone_timm_birefnet import TIMM_NAMES
 from .configuration_birefnet import BiRefNetConfig
 from .data import SampleKey, TrainingDataset, seeded_random
-from .image_loading import ImageLoadError
+from .image_loading import PARTIAL_PREFIX, ImageLoadError
 from .image_processing_birefnet import BiRefNetImageProcessor
 from .loss_birefnet import BiRefNetLoss
 from .metrics import Metric, compute_metrics, summarize
@@ -48,7 +46,6 @@ logger = logging.getLogger(__name__)
 Schedule = Literal["constant", "cosine", "step"]
 
 STATE_NAME = "training_state.json"
-_PARTIAL_PREFIX = ".partial-"
 
 # Settings that decide what lies in a checkpoint or where in the data it stands: they cannot change in between.
 _FIXED_SETTINGS = (
@@ -492,26 +489,9 @@ def stack_rows(rows: Sequence[np.ndarray]) -> np.ndarray:
     return np.vstack([np.pad(row, ((0, 4), (0, 0), (0, 0))) for row in rows])
 
 
-@contextlib.contextmanager
-def staged_files(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder whose files, when the block is left without an error, replace those of `folder`.
-
-    Each file is replaced in one step, so that a reader, or an interruption, finds a complete file at any time.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=_PARTIAL_PREFIX) as staging:
-        yield Path(staging)
-        for path in sorted(Path(staging).rglob("*")):
-            target = folder / path.relative_to(staging)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                os.replace(path, target)
-
-
 def remove_leftovers(folder: Path) -> None:
     """Removes what an interrupted `staged_files` or `save_checkpoint` left behind."""
-    for path in folder.glob(f"{_PARTIAL_PREFIX}*"):
+    for path in folder.glob(f"{PARTIAL_PREFIX}*"):
         shutil.rmtree(path)
 
 
@@ -537,7 +517,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, state: Ma
         TrainingError: it cannot be written, for example since the disk is full.
     """
     name = f"step-{step:08d}"
-    partial, complete = folder / f"{_PARTIAL_PREFIX}{name}", folder / name
+    partial, complete = folder / f"{PARTIAL_PREFIX}{name}", folder / name
     try:
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
@@ -581,7 +561,7 @@ def _flush(folder: Path) -> None:
 
 def _remove(checkpoint: Path) -> None:
     # Renamed first: half of a checkpoint must not look like one.
-    doomed = checkpoint.with_name(f"{_PARTIAL_PREFIX}old-{checkpoint.name}")
+    doomed = checkpoint.with_name(f"{PARTIAL_PREFIX}old-{checkpoint.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(checkpoint, doomed)
     shutil.rmtree(doomed)
