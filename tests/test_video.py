@@ -76,6 +76,15 @@ def turn_clockwise(path: Path) -> Path:
     return path
 
 
+def mirror(path: Path) -> Path:
+    """Notes in an MP4 file that it is to be shown mirrored left to right."""
+    content = bytearray(path.read_bytes())
+    matrix = content.index(b"tkhd") + 4 + 40
+    content[matrix : matrix + 36] = struct.pack(">9i", -0x10000, 0, 0, 0, 0x10000, 0, 64 << 16, 0, 0x40000000)
+    path.write_bytes(content)
+    return path
+
+
 def brightness_mask(image: Image.Image, **_) -> Image.Image:
     """Stands in for a network with a mask that is known: soft, equal to the brightness."""
     return image.convert("L")
@@ -181,6 +190,81 @@ def test_times_of_frames_are_kept_or_made_up(tmp_path):
     assert times_of(none) == [None] * 5
     times = np.array(times_of(cut_out_video(none, tmp_path / "none.mov", brightness_mask, refine=False)))
     assert times == pytest.approx(np.arange(5) / 25, abs=0.002)  # what FFmpeg takes such a file's rate for
+
+
+def test_a_mirrored_video_is_shown_as_players_do(tmp_path):
+    source = mirror(write_video(tmp_path / "a.mp4", num_frames=1))
+    with av.open(str(cut_out_video(source, tmp_path / "b.mp4", brightness_mask, background="black"))) as container:
+        [frame] = container.decode(video=0)
+        bright = frame.to_ndarray(format="gray") > 128
+    rows, columns = np.flatnonzero(bright.any(axis=1)), np.flatnonzero(bright.any(axis=0))
+    assert abs(rows.mean() - 19.5) < 2 and abs(columns.mean() - (63 - 14.5)) < 2
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".webm"])
+def test_pixels_become_square(suffix, tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        video = container.add_stream("libx264", rate=10)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        video.codec_context.sample_aspect_ratio = Fraction(2, 1)
+        container.mux(video.encode(av.VideoFrame.from_ndarray(np.full((48, 64, 3), 90, np.uint8), format="rgb24")))
+        container.mux(video.encode(None))
+    target = cut_out_video(tmp_path / "a.mp4", tmp_path / f"b{suffix}", brightness_mask, background="black")
+    with av.open(str(target)) as container:
+        [frame] = container.decode(video=0)
+        assert (frame.width, frame.height) == (128, 48)
+        assert container.streams.video[0].sample_aspect_ratio in (None, 0, 1)
+
+
+def test_the_header_says_how_long_frames_of_a_variable_rate_last(tmp_path):
+    times = [*range(0, 100, 10), 200, 300, 400]
+    source = write_frames(tmp_path / "a.mp4", [np.full((48, 64, 3), 90, np.uint8)] * len(times), times)
+    target = cut_out_video(source, tmp_path / "b.mp4", brightness_mask, background="black")
+    assert times_of(target) == pytest.approx([time / 100 for time in times], abs=0.01)
+    assert probe_video(target).seconds >= 4.0
+
+
+def test_sound_may_change_within_a_recording(tmp_path):
+    parts = []
+    for start, (name, layout, rate) in enumerate((("one", "mono", 44100), ("two", "stereo", 48000))):
+        with av.open(str(tmp_path / f"{name}.ts"), "w", format="mpegts") as container:
+            video = container.add_stream("libx264", rate=10)
+            video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+            audio = container.add_stream("mp2", rate=rate, layout=layout)
+            for index in range(5):
+                picture = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 90, np.uint8), format="rgb24")
+                picture.pts, picture.time_base = 10 * start + index, Fraction(1, 10)
+                container.mux(video.encode(picture))
+            container.mux(video.encode(None))
+            channels = 2 if layout == "stereo" else 1
+            frame = av.AudioFrame.from_ndarray(
+                np.zeros((1, rate // 2 * channels), np.int16), format="s16", layout=layout
+            )
+            frame.rate, frame.pts, frame.time_base = rate, start * rate, Fraction(1, rate)
+            container.mux(audio.encode(frame))
+            container.mux(audio.encode(None))
+        parts.append((tmp_path / f"{name}.ts").read_bytes())
+    (tmp_path / "both.ts").write_bytes(b"".join(parts))
+    target = cut_out_video(tmp_path / "both.ts", tmp_path / "b.mp4", brightness_mask, background="black")
+    with av.open(str(target)) as container:
+        assert sum(frame.samples for frame in container.decode(audio=0)) >= 48000 * 0.9
+
+
+def test_what_cannot_be_written_is_not_blamed_on_the_source(tmp_path):
+    source = write_video(tmp_path / "a.mp4", num_frames=40)
+    program = f"""
+import resource, signal
+from birefnet_hf.video import cut_out_video
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+try:
+    cut_out_video({str(source)!r}, {str(tmp_path / "out" / "b.mov")!r}, lambda image, **_: image.convert("L"))
+except OSError as error:
+    print(type(error).__name__, error)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert "OSError" in result.stdout and "cannot be written" in result.stdout and "b.mov" in result.stdout, result
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_playlists_texts_and_photos_are_no_videos(tmp_path):

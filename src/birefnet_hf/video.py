@@ -3,15 +3,20 @@
 Needs PyAV (`pip install av`).
 """
 
+import contextlib
+import logging
+import math
 import os
 import secrets
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .foreground import parse_background
 from .pipeline_birefnet import render_picture
@@ -21,6 +26,8 @@ if TYPE_CHECKING:
     import av
 
     from .pipeline_birefnet import BackgroundRemovalPipeline
+
+logger = logging.getLogger(__name__)
 
 VideoFormat = Literal["webm", "mov", "mp4"]
 Progress = Callable[[int, int], None]
@@ -52,7 +59,8 @@ _VP9 = {"crf": "24", "b": "0", "deadline": "good", "cpu-used": "5", "row-mt": "1
 _ENCODINGS: dict[str, _Encoding] = {
     "webm": _Encoding("libvpx-vp9", "libopus", "yuva420p", _VP9, has_alpha=True),
     "mov": _Encoding("prores_ks", "aac", "yuva444p10le", {"profile": "4444", "alpha_bits": "16"}, has_alpha=True),
-    "mp4": _Encoding("libx264", "aac", "yuv420p", {"crf": "18", "preset": "fast"}, has_alpha=False),
+    # bf: with frames that refer forward, the header's length leaves out the last ones of a variable rate.
+    "mp4": _Encoding("libx264", "aac", "yuv420p", {"crf": "18", "preset": "fast", "bf": "0"}, has_alpha=False),
 }
 
 
@@ -138,7 +146,7 @@ def cut_out_video(
     Args:
         source: Video file; no playlist.
         target: File to write, whole or not at all: .webm (VP9 with alpha), .mov (ProRes 4444 with alpha) or .mp4
-            (H.264, no alpha: needs a background or `mask_only`). An odd last row or column is cut off.
+            (H.264, no alpha: needs a background or `mask_only`). Pixels become square; an odd last row or column is cut.
         pipe: What computes the masks, see `load_pipeline`.
         background: A colour or an image, as `parse_background` takes it; "blur" for the blurred frame; None for
             transparency.
@@ -157,6 +165,7 @@ def cut_out_video(
 
     Raises:
         VideoError: the video cannot be read or is beyond a limit.
+        OSError: `target` cannot be written.
         ValueError: arguments that contradict each other, or `target` is the source.
     """
     import av
@@ -200,14 +209,32 @@ def cut_out_video(
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         frame_size = _frame_size(source, max_pixels)
-        with _open(source, max_pixels) as reader, av.open(os.fspath(temporary), "w") as writer:
-            _transcode(reader, writer, encoding, render, frame_size, info, max_seconds, progress)
+        with _open(source, max_pixels) as reader:
+            with _writing(target), av.open(os.fspath(temporary), "w") as writer:
+                _transcode(reader, writer, encoding, render, frame_size, info, max_seconds, progress)
         os.replace(temporary, target)
+    except _ReadError as error:
+        raise VideoError(f"{Path(source).name} cannot be read to its end: {error}.") from error
     except av.error.FFmpegError as error:
         raise VideoError(f"{Path(source).name} cannot be read to its end: {error.strerror}.") from error
     finally:
         temporary.unlink(missing_ok=True)
     return target
+
+
+class _ReadError(Exception):
+    """The source cannot be read on, while the target is being written."""
+
+
+@contextlib.contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Says of what FFmpeg cannot write which file that is."""
+    import av
+
+    try:
+        yield
+    except av.error.FFmpegError as error:
+        raise OSError(error.errno, f"the video cannot be written: {error.strerror}", str(target)) from error
 
 
 def _transcode(
@@ -226,6 +253,9 @@ def _transcode(
     video = reader.streams.video[0]
     video.thread_type = "SLICE"  # with a thread for each frame, errors of the last ones get lost
     audio = reader.streams.audio[0] if reader.streams.audio else None
+    if audio is not None and audio.codec_context is None:
+        logger.warning("The sound is coded in a way that FFmpeg does not know: it is left out.")
+        audio = None
     start = (reader.start_time or 0) / av.time_base
     time_base, rate = video.time_base, video.average_rate or 25
     sound = writer.add_stream(encoding.audio_codec, rate=48000, layout="stereo") if audio else None
@@ -239,17 +269,23 @@ def _transcode(
     picture.codec_context.color_trc, picture.codec_context.color_range = _BT709, _LIMITED
     step = max(1, round(1 / (rate * time_base)))  # between frames whose times the file does not say
     count, last_pts = 0, -step
+    resampler, sound_form = None, None
     for frame in _decode(reader, [video] if audio is None else [video, audio]):
         if isinstance(frame, av.AudioFrame):
             if frame.pts is not None:
                 frame.pts -= round(start / frame.time_base)
-            writer.mux(sound.encode(frame))
+            form = (frame.format.name, frame.layout.name, frame.sample_rate)
+            if form != sound_form:  # as it changes within recordings of broadcasts
+                coder = sound.codec_context
+                resampler, sound_form = av.AudioResampler(coder.format, coder.layout, coder.sample_rate), form
+            for resampled in resampler.resample(frame):
+                writer.mux(sound.encode(resampled))
             continue
         pts = last_pts + step if frame.pts is None else frame.pts - round(start / time_base)
         pts = max(pts, last_pts + 1, 0)  # encoders want times that grow
         if max_seconds is not None and (pts * time_base > max_seconds or count >= max_seconds * MAX_RATE):
             raise VideoError(f"The video is longer than the {max_seconds:g} s allowed; cut it first.")
-        image = _upright(frame)
+        image = _upright(frame, video.sample_aspect_ratio)
         if image.size != frame_size:
             raise VideoError("The size of the frames changes within the video, which is not supported.")
         rendered = render(image)
@@ -259,6 +295,8 @@ def _transcode(
         encoded = encoded.reformat(format=encoding.pixel_format, dst_colorspace=_BT709)
         encoded.color_primaries = encoded.color_trc = _BT709  # ProRes takes them from here
         encoded.pts, encoded.time_base = pts, time_base
+        if frame.duration:
+            encoded.duration = frame.duration
         writer.mux(picture.encode(encoded))
         count, last_pts = count + 1, pts
         if progress is not None:
@@ -286,25 +324,53 @@ def _frame_size(source: str | os.PathLike[str], max_pixels: int | None) -> tuple
     """Width and height of the first frame, upright; VideoError where there is none."""
     with _open(source, max_pixels) as reader:
         for frame in reader.decode(video=0):
-            return _upright(frame).size
+            return _upright(frame, reader.streams.video[0].sample_aspect_ratio).size
     raise VideoError(f"{Path(source).name} holds no frame that can be read.")
 
 
 def _decode(reader: "av.container.InputContainer", streams: list[Any]) -> Iterator["av.VideoFrame | av.AudioFrame"]:
-    for packet in reader.demux(streams):
-        yield from packet.decode()
+    import av
+
+    try:
+        for packet in reader.demux(streams):
+            yield from packet.decode()
+    except av.error.FFmpegError as error:
+        raise _ReadError(error.strerror) from error
 
 
-def _upright(frame: "av.VideoFrame") -> Image.Image:
-    """The frame as RGB, turned as its display matrix says (phones), with even sides for chroma subsampling."""
+def _upright(frame: "av.VideoFrame", pixel_ratio: Fraction | None) -> Image.Image:
+    """The frame as RGB, as its display matrix says (phones), with even sides for chroma subsampling.
+
+    Pixels that are not square (of width / height `pixel_ratio`) become so: that is how the network knows things.
+    """
     matrix = frame.colorspace
     if matrix == _UNSPECIFIED:
         matrix = _BT709 if frame.height >= 720 else _BT601  # as players guess
     image = frame.to_image(src_colorspace=matrix)
-    rotation = getattr(frame, "rotation", 0) or 0
+    if pixel_ratio and pixel_ratio != 1:
+        width, height = image.size
+        size = (round(width * pixel_ratio), height) if pixel_ratio > 1 else (width, round(height / pixel_ratio))
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    is_mirrored, rotation = _orientation(frame)
+    if is_mirrored:
+        image = ImageOps.mirror(image)
     if rotation:
         image = image.rotate(rotation, expand=True)
     return image.crop((0, 0, max(2, image.width // 2 * 2), max(2, image.height // 2 * 2)))
+
+
+def _orientation(frame: "av.VideoFrame") -> tuple[bool, int]:
+    """Whether the frame is to be mirrored left to right, and then by how many degrees it is to be turned anticlockwise."""
+    from av.sidedata.sidedata import Type
+
+    stored = frame.side_data.get(Type.DISPLAYMATRIX)
+    if stored is None:
+        return False, 0
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(stored))  # x' = ax + cy, y' = bx + dy
+    is_mirrored = a * d - b * c < 0
+    if is_mirrored:
+        a, b = -a, -b
+    return is_mirrored, -round(math.degrees(math.atan2(b, a)))
 
 
 __all__ = ["VideoError", "VideoInfo", "cut_out_video", "probe_video"]
