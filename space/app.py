@@ -155,6 +155,17 @@ class ModelCache:
             return self.pipelines[name]
 
 
+# Sessions with a video at work, and those of them whose page was closed: others wait for the model.
+RUNNING: set[str | None] = set()
+GONE: set[str | None] = set()
+
+
+def note_that_gone(request: gr.Request) -> None:
+    """A page was closed."""
+    if request.session_hash in RUNNING:
+        GONE.add(request.session_hash)
+
+
 MODELS = ModelCache(int(os.environ.get("BIREFNET_CACHED_MODELS", 2)))
 
 
@@ -248,6 +259,8 @@ def read_colour(text: str) -> tuple[int, int, int]:
 
 
 def check_file_size(path: str) -> None:
+    if not os.path.exists(path):
+        raise gr.Error("The file was kept for too short a time here: choose it again.")
     if os.path.getsize(path) > MAX_FILE_MB * 2**20:
         raise gr.Error(f"{Path(path).name} is larger than the {MAX_FILE_MB} MB allowed.")
 
@@ -296,7 +309,10 @@ def compute(photo: Image.Image, options: Options) -> tuple[Image.Image, Image.Im
     pipe = MODELS.get(options.model)
     resize = {} if options.size is None else {"size": options.size}
     with memory_explained():
-        mask = pipe(photo, output_type="mask", threshold=options.threshold, **resize)
+        try:
+            mask = pipe(photo, output_type="mask", threshold=options.threshold, **resize)
+        except ValueError as error:  # of exported models, which know one size
+            raise gr.Error(str(error)) from error
         if options.mask_only:
             return mask, mask
         result = render_picture(
@@ -350,7 +366,7 @@ def cut_out_image(
     progress(None)
     result, mask = compute(photo, replace(options, model=name))
     folder = request_folder()
-    stem = Path(image).stem if image else "photo"
+    stem = shown_stem(image) if image else "photo"
     target, alpha = folder / f"{stem}_cutout.png", folder / f"{stem}_mask.png"
     save_image(result, target)
     save_image(mask, alpha)
@@ -413,11 +429,16 @@ def cut_out_batch(
     return results, archive, report
 
 
+def shown_stem(file: str) -> str:
+    """A file's name without its suffix and without leading dots, as Gradio hands out no hidden files."""
+    return Path(file).stem.lstrip(".") or "photo"
+
+
 def _unique_names(files: list[str]) -> list[str]:
     """A PNG name for each file; those of one stem are numbered, past names that end in such a number already."""
     names: dict[str, str] = {}  # by what file systems take for the same
     for file in files:
-        stem = name = Path(file).stem
+        stem = name = shown_stem(file)
         number = 1
         while name.casefold() in names:
             number += 1
@@ -440,8 +461,16 @@ def clip_seconds(video: str, *_: Any) -> int:
 
 
 @GPU(duration=clip_seconds)
-def compute_clip(video: str, target: str, options: Options, smoothing: float, progress: gr.Progress) -> None:
-    """Writes the result for one video. Like `compute`, it raises gr.Error alone."""
+def compute_clip(
+    video: str, target: str, options: Options, smoothing: float, progress: gr.Progress, session: str | None
+) -> None:
+    """Writes the result for one video. Like `compute`, it raises gr.Error alone, also where the session has ended."""
+
+    def report(done: int, total: int) -> None:
+        if session in GONE:
+            raise gr.Error("The page was closed.")
+        progress((done, total or None), unit="frames")
+
     try:
         with memory_explained():
             cut_out_video(
@@ -456,7 +485,7 @@ def compute_clip(video: str, target: str, options: Options, smoothing: float, pr
                 threshold=options.threshold,
                 max_seconds=MAX_SECONDS,
                 max_pixels=MAX_FRAME_PIXELS,
-                progress=lambda done, total: progress((done, total or None), unit="frames"),
+                progress=report,
             )
     except (VideoError, ValueError) as error:
         raise gr.Error(str(error)) from error
@@ -475,8 +504,9 @@ def cut_out_clip(
     mask_only: bool = False,
     threshold: float = 0.0,
     progress: gr.Progress = gr.Progress(),  # noqa: B008 Gradio finds it by this default
+    request: gr.Request | None = None,
 ) -> tuple[str | None, str, str]:
-    """Removes or replaces the background of a video; its sound is kept.
+    """Removes or replaces the background of a video; its sound is kept. A closed page ends the work.
 
     Args:
         video: The video, a file.
@@ -508,8 +538,14 @@ def cut_out_clip(
     except VideoError as error:
         raise gr.Error(str(error)) from error
     name, notice = prepare_model(options.model, progress)
-    target = request_folder() / f"{Path(video).stem}_cutout{suffix}"
-    compute_clip(video, str(target), replace(options, model=name), smoothing, progress)
+    target = request_folder() / f"{shown_stem(video)}_cutout{suffix}"
+    session = getattr(request, "session_hash", None)
+    RUNNING.add(session)
+    try:
+        compute_clip(video, str(target), replace(options, model=name), smoothing, progress, session)
+    finally:
+        RUNNING.discard(session)
+        GONE.discard(session)
     return (None if suffix == ".mov" else str(target)), str(target), notice
 
 
@@ -664,6 +700,7 @@ def build_app() -> gr.Blocks:
             batch_tab()
         with gr.Tab("Video"):
             video_tab()
+        app.unload(note_that_gone)
     return app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
 
 
