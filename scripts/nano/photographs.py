@@ -1,14 +1,17 @@
-"""Makes training data of photographs of birds: pairs whose masks another network draws, cut-outs, and backgrounds.
+"""Makes training data of photographs that another network cuts out: pairs of picture and mask, cut-outs, backgrounds.
 
-    python scripts/nano/photographs.py BIRDS_DIR ISNET_DIR OUTPUT_DIR
+    python scripts/nano/photographs.py BIRDS_DIR DEBIAN_DIR ISNET_DIR OUTPUT_DIR
 
-SOURCES.md says what the folders hold. OUTPUT_DIR/training/{pairs/im,pairs/gt,cutouts,backgrounds} is to be trained on,
-OUTPUT_DIR/validation/{im,gt} held out: one photograph in ten. Needs OpenVINO.
+SOURCES.md says what the folders hold. OUTPUT_DIR/training/{birds/im,birds/gt,objects/im,objects/gt,cutouts,backgrounds} is
+to be trained on, OUTPUT_DIR/validation/{im,gt} held out: one photograph in ten. Needs OpenVINO.
 """
 
+import io
 import json
-import shutil
+import struct
 import sys
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +23,50 @@ from birefnet_hf.foreground import cut_out
 from birefnet_hf.image_loading import load_image
 
 
+GCOMPRIS = "usr/share/gcompris-qt/rcc"
+ACTIVITIES = ["categorization", "erase", "explore_farm_animals", "explore_monuments", "explore_world_animals"]
 SIDE = 1024  # of what IS-Net sees
 LEAST_BACKGROUND = 288  # pixels, the shorter side
-# Looked at one by one: no bird, a branch or a mesh with the bird, half of the bird, several of which one is chosen.
-UNCLEAR = frozenset()
+# Looked at: a goose without its head, and one spoon beside knife and fork.
+UNCLEAR = {"branta-canadensis", "categorization_knife"}
+
+
+def read_resources(path: Path) -> dict[str, bytes]:
+    """The files in a resource file of Qt (.rcc), by their names without folders."""
+    data = path.read_bytes()
+    version, tree, contents, names = struct.unpack(">4i", data[4:20])
+    entry_size = 22 if version > 1 else 14
+    found = {}
+    waiting = [0]
+    while waiting:
+        place = tree + waiting.pop() * entry_size
+        name_offset, flags = struct.unpack(">IH", data[place : place + 6])
+        if flags & 2:  # a folder
+            count, child = struct.unpack(">ii", data[place + 6 : place + 14])
+            waiting.extend(range(child, child + count))
+            continue
+        start = contents + struct.unpack(">i", data[place + 10 : place + 14])[0]
+        content = data[start + 4 : start + 4 + struct.unpack(">I", data[start : start + 4])[0]]
+        start = names + name_offset
+        length = struct.unpack(">H", data[start : start + 2])[0]
+        name = data[start + 6 : start + 6 + 2 * length].decode("utf-16-be")
+        found[name] = zlib.decompress(content[4:]) if flags & 1 else content
+    return found
+
+
+def birds(folder: Path) -> list[tuple[str, Path]]:
+    """Names and files of the birds."""
+    return [(path.parent.name, path) for path in sorted(folder.glob("birds/*/large.jpg"))]
+
+
+def gcompris(folder: Path) -> list[tuple[str, io.BytesIO]]:
+    """Names and files of the photographs in the packages' activities."""
+    found = []
+    for activity in ACTIVITIES:
+        for name, content in sorted(read_resources(folder / GCOMPRIS / f"{activity}.rcc").items()):
+            if name.endswith(".webp") and len(content) > 6000:  # no icons
+                found.append((f"{activity}_{Path(name).stem}", io.BytesIO(content)))
+    return found
 
 
 def read_isnet(folder: Path) -> openvino.CompiledModel:
@@ -43,7 +86,7 @@ def draw_mask(isnet: openvino.CompiledModel, image: Image.Image) -> Image.Image:
 
 
 def decide(mask: Image.Image) -> Image.Image:
-    """The mask with steeper edges: half transparent birds, where IS-Net is not sure, are not to be learnt."""
+    """The mask with steeper edges: half transparent objects, where IS-Net is not sure, are not to be learnt."""
     return mask.point(lambda value: 2 * (value - 127.5) + 127.5)
 
 
@@ -55,7 +98,7 @@ def is_clear(mask: Image.Image) -> bool:
 
 
 def beside(mask: Image.Image) -> tuple[int, int, int, int] | None:
-    """The largest rectangle (left, top, right, bottom) left, right, above or below of all that is covered; None if narrow."""
+    """The largest rectangle (left, top, right, bottom) beside all that is covered; None where it is narrow."""
     width, height = mask.size
     left, top, right, bottom = mask.getbbox()
     left, top, right, bottom = left - 16, top - 16, right + 16, bottom + 16
@@ -64,36 +107,42 @@ def beside(mask: Image.Image) -> tuple[int, int, int, int] | None:
     return max(sides, key=lambda side: (side[2] - side[0]) * (side[3] - side[1]), default=None)
 
 
-def main(birds: str, isnet_folder: str, output: str) -> None:
+def cut_outs(isnet: openvino.CompiledModel, photographs: list) -> Iterator[tuple[str, Image.Image, Image.Image]]:
+    """Names, pictures and masks of those with a clear object."""
+    for name, file in tqdm(photographs, desc="Photographs"):
+        image = load_image(file)
+        image.thumbnail((SIDE, SIDE))
+        mask = draw_mask(isnet, image)
+        if name not in UNCLEAR and is_clear(mask):
+            yield name, image, decide(mask)
+
+
+def main(birds_folder: str, debian: str, isnet_folder: str, output: str) -> None:
     training, validation = Path(output) / "training", Path(output) / "validation"
-    for folder in (training / "pairs", validation):
+    for folder in (training / "birds", training / "objects", validation):
         for name in ("im", "gt"):
             (folder / name).mkdir(parents=True, exist_ok=True)
     for name in ("cutouts", "backgrounds"):
         (training / name).mkdir(parents=True, exist_ok=True)
 
-    photographs = sorted(Path(birds).glob("birds/*/large.jpg"))
-    if not photographs:
-        sys.exit(f"{birds} holds no photographs (birds/*/large.jpg): see SOURCES.md.")
-    isnet = read_isnet(Path(isnet_folder))
+    objects = gcompris(Path(debian))
+    photographs = birds(Path(birds_folder)) + objects
+    kinds = dict.fromkeys((name for name, _ in photographs), "birds") | dict.fromkeys(
+        (name for name, _ in objects), "objects"
+    )
+    held_out = {name for name, _ in photographs[::10]}
     used = 0
-    for number, path in enumerate(tqdm(photographs, desc="Photographs")):
-        name = path.parent.name
-        image = load_image(str(path))
-        mask = draw_mask(isnet, image)
-        if name in UNCLEAR or not is_clear(mask):
-            continue
+    for name, image, mask in cut_outs(read_isnet(Path(isnet_folder)), photographs):
         used += 1
-        mask = decide(mask)
-        pairs = training / "pairs" if number % 10 else validation
-        shutil.copy(path, pairs / "im" / f"{name}.jpg")
+        pairs = validation if name in held_out else training / kinds[name]
+        image.save(pairs / "im" / f"{name}.jpg", quality=95)
         mask.save(pairs / "gt" / f"{name}.png")
-        if pairs == validation:
+        if name in held_out:
             continue
         left, top, right, bottom = mask.getbbox()
         box = (max(0, left - 16), max(0, top - 16), min(image.width, right + 16), min(image.height, bottom + 16))
         cutout = cut_out(image.crop(box), mask.crop(box))
-        cutout.crop(cutout.getchannel("A").getbbox()).save(training / "cutouts" / f"bird_{name}.png")
+        cutout.crop(cutout.getchannel("A").getbbox()).save(training / "cutouts" / f"photograph_{name}.png")
         if place := beside(mask):
             image.crop(place).save(training / "backgrounds" / f"beside_{name}.jpg", quality=92)
     print(f"{used} of {len(photographs)} photographs.")
