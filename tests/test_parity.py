@@ -66,12 +66,6 @@ def build(name: str) -> BiRefNetForImageSegmentation:
     return model.eval()
 
 
-def set_patch_order(model: BiRefNetForImageSegmentation, patch_order: str) -> None:
-    for module in model.modules():
-        if hasattr(module, "patch_order"):
-            module.patch_order = patch_order
-
-
 def run(model, pixel_values: torch.Tensor, patch_order: str = "c_hg_wg") -> dict[str, torch.Tensor]:
     """Logits, and the outputs of the modules that the collection stores."""
     outputs = {}
@@ -84,7 +78,7 @@ def run(model, pixel_values: torch.Tensor, patch_order: str = "c_hg_wg") -> dict
 
     hooks = [model.backbone.register_forward_hook(store("backbone"))]
     hooks += [model.get_submodule(ours).register_forward_hook(store(name)) for name, ours in MODULES.items()]
-    set_patch_order(model, patch_order)
+    model.config.patch_order = patch_order
     try:
         with torch.inference_mode():
             outputs["logits"] = model(pixel_values).logits
@@ -178,7 +172,7 @@ def test_training(name):
     labels = torch.from_numpy(recipe.mask((shape[0], 1, *shape[2:]), seeds["mask_seed"]))
     model = without_randomness(build(name))
     build.cache_clear()  # this one is changed
-    set_patch_order(model, "c_hg_wg")
+    model.config.patch_order = "c_hg_wg"
     model.criterion = BiRefNetLoss("dis", reference=True)
 
     def named(outputs) -> dict[str, torch.Tensor]:
