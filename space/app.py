@@ -155,17 +155,6 @@ class ModelCache:
             return self.pipelines[name]
 
 
-# Sessions with a video at work, and those of them whose page was closed: others wait for the model.
-RUNNING: set[str | None] = set()
-GONE: set[str | None] = set()
-
-
-def note_that_gone(request: gr.Request) -> None:
-    """A page was closed."""
-    if request.session_hash in RUNNING:
-        GONE.add(request.session_hash)
-
-
 MODELS = ModelCache(int(os.environ.get("BIREFNET_CACHED_MODELS", 2)))
 
 
@@ -461,16 +450,8 @@ def clip_seconds(video: str, *_: Any) -> int:
 
 
 @GPU(duration=clip_seconds)
-def compute_clip(
-    video: str, target: str, options: Options, smoothing: float, progress: gr.Progress, session: str | None
-) -> None:
-    """Writes the result for one video. Like `compute`, it raises gr.Error alone, also where the session has ended."""
-
-    def report(done: int, total: int) -> None:
-        if session in GONE:
-            raise gr.Error("The page was closed.")
-        progress((done, total or None), unit="frames")
-
+def compute_clip(video: str, target: str, options: Options, smoothing: float, progress: gr.Progress) -> None:
+    """Writes the result for one video. Like `compute`, it raises gr.Error alone."""
     try:
         with memory_explained():
             cut_out_video(
@@ -485,7 +466,7 @@ def compute_clip(
                 threshold=options.threshold,
                 max_seconds=MAX_SECONDS,
                 max_pixels=MAX_FRAME_PIXELS,
-                progress=report,
+                progress=lambda done, total: progress((done, total or None), unit="frames"),
             )
     except (VideoError, ValueError) as error:
         raise gr.Error(str(error)) from error
@@ -504,9 +485,8 @@ def cut_out_clip(
     mask_only: bool = False,
     threshold: float = 0.0,
     progress: gr.Progress = gr.Progress(),  # noqa: B008 Gradio finds it by this default
-    request: gr.Request | None = None,
 ) -> tuple[str | None, str, str]:
-    """Removes or replaces the background of a video; its sound is kept. A closed page ends the work.
+    """Removes or replaces the background of a video; its sound is kept.
 
     Args:
         video: The video, a file.
@@ -539,13 +519,7 @@ def cut_out_clip(
         raise gr.Error(str(error)) from error
     name, notice = prepare_model(options.model, progress)
     target = request_folder() / f"{shown_stem(video)}_cutout{suffix}"
-    session = getattr(request, "session_hash", None)
-    RUNNING.add(session)
-    try:
-        compute_clip(video, str(target), replace(options, model=name), smoothing, progress, session)
-    finally:
-        RUNNING.discard(session)
-        GONE.discard(session)
+    compute_clip(video, str(target), replace(options, model=name), smoothing, progress)
     return (None if suffix == ".mov" else str(target)), str(target), notice
 
 
@@ -700,7 +674,6 @@ def build_app() -> gr.Blocks:
             batch_tab()
         with gr.Tab("Video"):
             video_tab()
-        app.unload(note_that_gone)
     return app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
 
 

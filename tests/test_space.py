@@ -437,27 +437,6 @@ def test_running_out_of_memory_is_a_message_and_stops_nothing_else(app, photo, t
         app.cut_out_clip(str(write_video(tmp_path / "clip.mp4", num_frames=2)))
 
 
-def test_a_closed_page_ends_its_video(app, tmp_path, monkeypatch):
-    """Others wait for the model meanwhile. What is not at work is not remembered."""
-    request = gr.Request(session_hash="visitor")
-    seen = []
-
-    class Watched:
-        device = "cpu"
-
-        def __call__(self, image, **options):
-            seen.append(image.size)
-            app.note_that_gone(request)
-            return image.convert("L")
-
-    app.note_that_gone(gr.Request(session_hash="other"))
-    monkeypatch.setattr(app.MODELS, "get", lambda name: Watched())
-    clip = str(write_video(tmp_path / "clip.mp4", num_frames=9))
-    with pytest.raises(gr.Error, match="The page was closed"):
-        app.cut_out_clip(clip, request=request)
-    assert len(seen) == 1 and not app.RUNNING and not app.GONE
-
-
 def test_hidden_names_and_files_that_are_gone(client, photo, tmp_path, app):
     hidden = tmp_path / ".hidden.png"
     shutil.copy(photo, hidden)
