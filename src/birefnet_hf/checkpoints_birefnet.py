@@ -15,6 +15,9 @@ PatchOrder = Literal["c_hg_wg", "wg_hg_c"]
 # Directory of the small trained network that ships with the package: it needs no download.
 NANO = str(Path(__file__).parent / "nano")
 
+# Of `from_pretrained`: where files come from.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
 _HUB_CACHE_PREFIX = "models--"
 _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 

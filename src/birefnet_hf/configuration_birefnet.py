@@ -8,8 +8,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.utils import auto_docstring, logging
 
+from .checkpoints_birefnet import HUB_OPTIONS
 from .conversion_birefnet import (
-    HUB_OPTIONS,
     SWIN_VARIANTS,
     TIMM_BACKBONE_CHANNELS,
     is_released_config,

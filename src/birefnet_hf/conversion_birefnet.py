@@ -21,8 +21,6 @@ logger = logging.get_logger(__name__)
 
 SAFETENSORS_NAME = "model.safetensors"
 SAFETENSORS_INDEX_NAME = "model.safetensors.index.json"
-# Of `from_pretrained`: where files come from.
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 PICKLE_SUFFIXES = (".pth", ".pt", ".bin")
 
 # Constant buffers that the network rebuilds: in the files, never needed.

@@ -22,7 +22,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, cached_file, logging, safe_load_json_file
 
-from .checkpoints_birefnet import get_checkpoint
+from .checkpoints_birefnet import HUB_OPTIONS, get_checkpoint
 from .image_loading import load_image, to_rgb
 
 
@@ -36,15 +36,7 @@ logger = logging.get_logger(__name__)
 _EXIF_ORIENTATION = 0x0112
 
 # What `get_image_processor_dict` takes to find a file, as opposed to settings of the processor.
-_HUB_OPTIONS = (
-    "cache_dir",
-    "force_download",
-    "proxies",
-    "token",
-    "local_files_only",
-    "revision",
-    "subfolder",
-)
+_HUB_OPTIONS = (*HUB_OPTIONS, "proxies")
 _PRIVATE_OPTIONS = ("_from_pipeline", "_from_auto")
 
 

@@ -20,9 +20,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .backbone_swin_birefnet import BiRefNetSwinAttention, BiRefNetSwinBackbone, relative_position_index, round_up
 from .backbone_timm_birefnet import build_timm_backbone
+from .checkpoints_birefnet import HUB_OPTIONS
 from .configuration_birefnet import BiRefNetConfig
 from .conversion_birefnet import (
-    HUB_OPTIONS,
     IGNORED_TENSORS,
     load_state_dict_file,
     pickled_weights,

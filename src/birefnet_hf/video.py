@@ -270,16 +270,21 @@ def _transcode(
     step = max(1, round(1 / (rate * time_base)))  # between frames whose times the file does not say
     count, last_pts = 0, -step
     resampler, sound_form = None, None
+
+    def send_sound(heard: "av.AudioFrame | None") -> None:
+        for resampled in resampler.resample(heard) if resampler is not None else ():
+            writer.mux(sound.encode(resampled))
+
     for frame in _decode(reader, [video] if audio is None else [video, audio]):
         if isinstance(frame, av.AudioFrame):
             if frame.pts is not None:
                 frame.pts -= round(start / frame.time_base)
             form = (frame.format.name, frame.layout.name, frame.sample_rate)
             if form != sound_form:  # as it changes within recordings of broadcasts
+                send_sound(None)  # what the one before still holds
                 coder = sound.codec_context
                 resampler, sound_form = av.AudioResampler(coder.format, coder.layout, coder.sample_rate), form
-            for resampled in resampler.resample(frame):
-                writer.mux(sound.encode(resampled))
+            send_sound(frame)
             continue
         pts = last_pts + step if frame.pts is None else frame.pts - round(start / time_base)
         pts = max(pts, last_pts + 1, 0)  # encoders want times that grow
@@ -304,6 +309,7 @@ def _transcode(
     if count:
         writer.mux(picture.encode(None))
         if sound is not None:
+            send_sound(None)
             writer.mux(sound.encode(None))
 
 
