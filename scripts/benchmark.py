@@ -303,7 +303,7 @@ class Worker:
 
 
 def run_rows(rows: Sequence[Row], rounds: int) -> list[Row]:
-    """Measures all rows `rounds` times in turn, and adds the results to them."""
+    """Measures all rows `rounds` times in turn. Returns those that ran, with their results."""
     for row in rows:
         if row["backend"] in RUNTIMES and not Path(row["exported"]).is_dir():
             Worker(row | {"task": "export"}).finish()
@@ -314,26 +314,31 @@ def run_rows(rows: Sequence[Row], rounds: int) -> list[Row]:
             for worker in workers:
                 worker.wait_until_ready()
         for row, worker in zip(rows, workers, strict=True):
-            result = worker.finish()
+            try:
+                result = worker.finish()
+            except RuntimeError as error:  # the others are worth having
+                print(error, file=sys.stderr)
+                continue
             for name in ("seconds", "cpu_seconds"):
                 row[name] = row.get(name, []) + result[name]
             row["peak_gb"] = max(row.get("peak_gb", 0), result["peak_gb"])
     summarize(rows)
-    return list(rows)
+    return [row for row in rows if "seconds" in row]
 
 
 def summarize(rows: Sequence[Row]) -> None:
     """Adds the figures of the table to rows that were measured."""
     baselines = {}
     for row in rows:
+        output = torch.load(row["output"]) if Path(row["output"]).is_file() else None
+        baseline = baselines.setdefault(row["size"], output)
+        if "seconds" not in row:
+            continue
         row["median_s"], row["min_s"] = statistics.median(row["seconds"]), min(row["seconds"])
         row["cpu_s"] = min(row["cpu_seconds"])
         row["images_per_s"] = row["batch_size"] / row["median_s"]
-        row["difference"] = None
-        if Path(row["output"]).is_file():
-            output = torch.load(row["output"])
-            baseline = baselines.setdefault(row["size"], output)
-            row["difference"] = (output - baseline).abs().max().item()
+        is_comparable = output is not None and baseline is not None
+        row["difference"] = (output - baseline).abs().max().item() if is_comparable else None
 
 
 def print_table(rows: Sequence[Row]) -> None:
@@ -440,6 +445,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     name += f", {backend}"
                 row = {"name": name, "backend": backend, "dtype": dtype, "is_reference": is_reference, "size": size}
                 rows.append(copy.deepcopy(common) | row | files)
+        wanted = len(rows)
         rows = run_rows(rows, args.rounds)
     machine = {
         "machine": torch.cuda.get_device_name()
@@ -458,7 +464,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hidden = ("model", "output", "exported", "reference")
         content = {**machine, "rows": [{k: v for k, v in row.items() if k not in hidden} for row in rows]}
         args.json.write_text(json.dumps(content, indent=2), encoding="utf-8")
-    return 0
+    return 0 if len(rows) == wanted else 1
 
 
 if __name__ == "__main__":

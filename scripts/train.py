@@ -63,7 +63,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
@@ -197,6 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--image-column")
     group.add_argument("--mask-column")
     group.add_argument("--cutouts", action=flag, default=False, help="the data are RGBA cut-outs: compose pictures")
+    group.add_argument("--more-cutouts", help="RGBA cut-outs to compose pictures of, to be trained on beside --data")
     group.add_argument("--backgrounds", help="folder of photographs for that, beside generated backgrounds")
     group.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="the model's when absent")
     group.add_argument("--dynamic-size", type=int, nargs=2, metavar=("LEAST", "MOST"), help="sides, drawn per batch")
@@ -377,9 +378,7 @@ class Run:
         return max(measured, key=lambda record: sign * record[name]) if measured else self.history[-1]
 
 
-def load_data(
-    arguments: argparse.Namespace, size: tuple[int, int]
-) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+def load_data(arguments: argparse.Namespace, size: tuple[int, int]) -> tuple[Dataset, datasets.Dataset | None]:
     """Pairs for training and for validation.
 
     Raises:
@@ -430,6 +429,9 @@ def load_data(
                 **columns,
                 **options,
             )
+    if arguments.more_cutouts:
+        composed = load_pairs(arguments.more_cutouts, compositor=Compositor(size, arguments.backgrounds), **options)
+        training = ConcatDataset([training, composed])
     if validation is not None and arguments.validation_samples:
         validation = validation.select(range(min(arguments.validation_samples, len(validation))))
     return training, validation
@@ -503,7 +505,15 @@ def set_up(arguments: argparse.Namespace, accelerator: Accelerator) -> Run:
         TrainingError: about a checkpoint to resume from.
     """
     set_seed(arguments.seed)
-    for name in ("data", "masks", "validation_data", "validation_masks", "backgrounds", "model"):
+    for name in (
+        "data",
+        "masks",
+        "more_cutouts",
+        "validation_data",
+        "validation_masks",
+        "backgrounds",
+        "model",
+    ):
         given = getattr(arguments, name)
         if name == "model" and given:
             given = resolve_checkpoint(given)  # "lite" is not the folder of that name, unless it holds a model
@@ -921,6 +931,8 @@ def write_card(run: Run) -> str:
     if arguments.cutouts:
         data += ", cut-outs composed over " + ("photographs and " if arguments.backgrounds else "")
         data += "generated backgrounds, anew in each epoch"
+    if arguments.more_cutouts:
+        data += f", and pictures composed of the cut-outs in `{arguments.more_cutouts}`, anew in each epoch"
     lines = [
         f"# {name}",
         "",

@@ -114,6 +114,37 @@ def test_add_fused_deform_conv2d(dtype, shape, kernel_size, widths, reach):
 
 
 @pytest.mark.gpu
+@torch.no_grad()
+def test_maps_of_more_elements_than_32_bits_count():
+    """Of an image of 60 megapixels: what is at the end of the map is as in a small map of it."""
+    if DEVICE == "cpu":
+        pytest.skip("This one needs the memory of a GPU.")
+    torch.manual_seed(0)
+    window_size, num_heads, channels, side = 12, 4, 128, 2400
+    qkv = torch.randn(1, side, side, 3 * channels, dtype=torch.float16, device=DEVICE)
+    padding, table = torch.zeros(1, 3 * channels, device=DEVICE), torch.randn(23**2, num_heads, device=DEVICE)
+    shared = (padding, table, num_heads, window_size, 0, 0.2)
+    attended = triton_birefnet.fused_window_attention(qkv, *shared)
+    expected = triton_birefnet.fused_window_attention(qkv[:, -window_size:], *shared)
+    assert qkv.numel() > 2**31 and torch.equal(attended[:, -window_size:], expected)
+    del qkv, attended
+
+    channels, side, kept = 64, 6000, 8
+    feature_map = torch.randn(1, side, side, channels, dtype=torch.float16, device=DEVICE).permute(0, 3, 1, 2)
+    weight = torch.randn(16, channels, 1, 1, dtype=torch.float16, device=DEVICE)
+    norm = nn.BatchNorm2d(16).to(DEVICE).half().eval()
+    projection = torch.randn(16, 16, dtype=torch.float16, device=DEVICE)
+    sums = []
+    for part in (feature_map, feature_map[:, :, -kept:]):
+        height = part.shape[2]
+        total = torch.zeros(1, height * side, 16, device=DEVICE)
+        displacement = torch.zeros(1, 3, height, side, dtype=torch.float16, device=DEVICE)
+        triton_birefnet.add_fused_deform_conv2d(total, part, displacement, weight, norm, projection)
+        sums.append(total[:, -kept * side :])
+    assert feature_map.numel() > 2**31 and sums[0].abs().max() > 1 and torch.allclose(*sums, atol=1e-3)
+
+
+@pytest.mark.gpu
 @torch.inference_mode()
 def test_network(monkeypatch):
     """The whole network with kernels as without, for a batch of images that need padding."""

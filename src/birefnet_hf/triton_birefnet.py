@@ -107,7 +107,7 @@ def _window_attention_kernel(
         query, first_row, first_column, shift, padded_height, padded_width, WINDOW_SIZE
     )
     is_query = (query < TOKENS) & (query_row < height) & (query_column < width)
-    query_place = query_row * width + query_column
+    query_place = (query_row * width + query_column).to(tl.int64)
     queries = tl.load(qkv + query_place[:, None] * (3 * CHANNELS), mask=is_query[:, None], other=0.0)
     padding_key = tl.load(padding + CHANNELS + channel)
     padding_value = tl.load(padding + 2 * CHANNELS + channel)
@@ -124,7 +124,7 @@ def _window_attention_kernel(
         )
         is_token = key < TOKENS
         is_real = is_token & (key_row < height) & (key_column < width)
-        place = qkv + (key_row * width + key_column)[:, None] * (3 * CHANNELS)
+        place = qkv + (key_row * width + key_column).to(tl.int64)[:, None] * (3 * CHANNELS)
         keys = tl.load(place + CHANNELS, mask=is_real[:, None], other=0.0)
         values = tl.load(place + 2 * CHANNELS, mask=is_real[:, None], other=0.0)
         keys = tl.where(is_real[:, None], keys, padding_key[None, :])
@@ -240,15 +240,16 @@ def _deform_conv_kernel(
     out = tl.arange(0, BLOCK_OUT)
     is_out = out < out_channels
     feature_map += image.to(tl.int64) * height * width * channels
-    displacement += image.to(tl.int64) * displacement_image + pixel * displacement_pixel
+    displacement += image.to(tl.int64) * displacement_image + pixel.to(tl.int64) * displacement_pixel
+    channel_step = tl.full((), 1, tl.int64) * displacement_channel
     first_modulator = 2 * kernel_size * kernel_size
 
     convolved = tl.zeros((BLOCK_PIXELS, BLOCK_OUT), tl.float32)
     for tap in range(kernel_size * kernel_size):
-        offset = displacement + 2 * tap * displacement_channel
+        offset = displacement + 2 * tap * channel_step
         move_y = tl.load(offset, mask=is_pixel, other=0.0).to(tl.float32)
-        move_x = tl.load(offset + displacement_channel, mask=is_pixel, other=0.0).to(tl.float32)
-        modulator = displacement + (first_modulator + tap) * displacement_channel
+        move_x = tl.load(offset + channel_step, mask=is_pixel, other=0.0).to(tl.float32)
+        modulator = displacement + (first_modulator + tap) * channel_step
         amount = 2 * tl.sigmoid(tl.load(modulator, mask=is_pixel, other=0.0).to(tl.float32))
         y = (row + tap // kernel_size - kernel_size // 2).to(tl.float32) + move_y
         x = (column + tap % kernel_size - kernel_size // 2).to(tl.float32) + move_x
@@ -262,7 +263,7 @@ def _deform_conv_kernel(
         # Not a number becomes any integer, which these keep from being read.
         has_top, has_bottom = (top >= 0) & (top < height), (top >= -1) & (top < height - 1)
         has_left, has_right = (left >= 0) & (left < width), (left >= -1) & (left < width - 1)
-        corner = feature_map + (top * width + left) * channels
+        corner = feature_map + (top * width + left).to(tl.int64) * channels
         for start in range(0, channels, BLOCK_CHANNELS):
             channel = start + tl.arange(0, BLOCK_CHANNELS)
             is_channel = (channel < channels)[None, :]
