@@ -15,18 +15,18 @@ def benchmark():
     return load_script(SCRIPT)
 
 
-def run(benchmark, tmp_path, *arguments: str) -> dict:
+def run(benchmark, tmp_path, *arguments: str, status: int = 0) -> dict:
     settings = json.dumps(tiny_settings())
     result = tmp_path / "result.json"
-    common = ["--backbone", "swin", "--settings", settings, "--sizes", "64", "--threads", "1", "--json", str(result)]
-    assert benchmark.main([*arguments, *common]) == 0
+    common = ["--backbone", "swin", "--settings", settings, "--threads", "1", "--json", str(result)]
+    assert benchmark.main([*arguments, *common]) == status
     return json.loads(result.read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
 def test_inference(benchmark, tmp_path, capsys):
     """Both implementations give the same logits up to rounding, and bfloat16 nearly the same."""
-    content = run(benchmark, tmp_path, "--dtypes", "float32", "bfloat16", "--repeats", "2")
+    content = run(benchmark, tmp_path, "--sizes", "64", "--dtypes", "float32", "bfloat16", "--repeats", "2")
     baseline, single, half = content["rows"]
     assert [row["backend"] for row in content["rows"]] == ["torchvision", "eager", "eager"]
     assert baseline["difference"] == 0
@@ -45,7 +45,7 @@ def test_runtimes(benchmark, tmp_path):
     for package in ("onnxscript", "onnxruntime", "openvino"):
         pytest.importorskip(package)
     backends = ("--backends", "eager", "onnxruntime", "openvino", "--dtypes", "float32", "bfloat16", "--no-warm-up")
-    content = run(benchmark, tmp_path, *backends)
+    content = run(benchmark, tmp_path, "--sizes", "64", *backends)
     kinds = [(row["backend"], row["dtype"]) for row in content["rows"]]
     assert kinds[1:] == [
         ("eager", "float32"),
@@ -58,9 +58,17 @@ def test_runtimes(benchmark, tmp_path):
 
 
 @pytest.mark.slow
+def test_rows_that_fail_leave_the_others(benchmark, tmp_path, capsys):
+    """Here those without pixels."""
+    content = run(benchmark, tmp_path, "--sizes", "0", "64", "--no-warm-up", status=1)
+    assert [(row["size"], row["backend"]) for row in content["rows"]] == [(64, "torchvision"), (64, "eager")]
+    assert "Row eager float32 0 failed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_training_step(benchmark, tmp_path):
     arguments = ("--batch-size", "2", "--backends", "eager", "checkpointing", "--no-warm-up")
-    content = run(benchmark, tmp_path, "train", *arguments)
+    content = run(benchmark, tmp_path, "train", "--sizes", "64", *arguments)
     assert [row["backend"] for row in content["rows"]] == ["torchvision", "eager", "checkpointing"]
     for row in content["rows"]:
         assert row["images_per_s"] == pytest.approx(2 / row["median_s"])

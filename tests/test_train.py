@@ -706,6 +706,7 @@ def test_all_sources_of_data_are_reached_from_the_command_line(pairs, tmp_path):
     columns = ["--data", tmp_path / "saved", "--image-column", "before", "--mask-column", "after"]
     assert lengths(*columns, "--validation-data", tmp_path / "saved", "--validation-split", "test") == (3, 1)
     assert lengths("--data", pairs, "--cutouts", "--validation-data", pairs, "--validation-samples", 2) == (8, 2)
+    assert lengths(*folders, "--more-cutouts", pairs / "im", "--validation-fraction", 0.25) == (6 + 8, 2)
 
 
 def test_backgrounds_matter_to_cutouts_only(tmp_path):
