@@ -288,6 +288,7 @@ def test_the_network_of_the_package_finds_the_object(tmp_path, scene):
     image, inside = scene
     image.save(tmp_path / "ball.png")
     results = {"cutout": [], "mask": ["--mask-only"], "green": ["--background", "#00ff00"]}
+    results["hard"] = ["--mask-only", "--threshold", str(102.5 / 255)]  # between two grey levels
     for name, options in results.items():
         target = str(tmp_path / f"{name}.png")
         arguments = [str(tmp_path / "ball.png"), "-o", target, "--model", "nano", "--device", "cpu", *options]
@@ -296,8 +297,9 @@ def test_the_network_of_the_package_finds_the_object(tmp_path, scene):
         assert "nano on cpu, float32" in result.output
         with Image.open(target) as picture:
             results[name] = np.asarray(picture)
-    cutout, mask, composite = results.values()
+    cutout, mask, composite, hard = results.values()
     assert np.array_equal(cutout[..., 3], mask)
+    assert np.array_equal(hard, np.where(mask > 102, 255, 0)) and not np.array_equal(hard, mask)
     assert mask[inside].mean() > 180 and mask[~inside].mean() < 40
     assert np.abs(composite[inside].mean(axis=0) - np.asarray(image)[inside].mean(axis=0)).max() < 50
     assert np.abs(composite[~inside].mean(axis=0) - (0, 255, 0)).max() < 50

@@ -373,6 +373,15 @@ def remove_backgrounds(
             rich_help_panel="Result",
         ),
     ] = True,
+    threshold: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Alpha of at least this becomes opaque, the rest transparent. 0: edges stay soft.",
+            rich_help_panel="Result",
+        ),
+    ] = 0,
     output_format: Annotated[
         OutputFormat | None,
         typer.Option(
@@ -454,7 +463,16 @@ def remove_backgrounds(
 
     written, failed, seconds = 0, len(problems), 0.0
     if jobs:
-        pipe = load(model, device, dtype, input_size, mask_only=mask_only, background=background, refine=refine)
+        pipe = load(
+            model,
+            device,
+            dtype,
+            input_size,
+            mask_only=mask_only,
+            background=background,
+            refine=refine,
+            threshold=threshold,
+        )
         from .image_loading import load_image, save_image
 
         with tqdm(total=len(jobs), unit="image", disable=None) as progress:
@@ -479,6 +497,7 @@ def load(
     mask_only: bool,
     background: str | None,
     refine: bool,
+    threshold: float,
 ) -> Callable[..., list["Image.Image"]]:
     """Builds the pipeline; where that fails, says why and ends the command."""
     from huggingface_hub.utils import enable_progress_bars
@@ -504,6 +523,7 @@ def load(
             output_type=output_type,
             background=backdrop,
             refine_foreground=refine,
+            threshold=threshold,
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         typer.echo(f"Cannot load {model}: {error}", err=True)
