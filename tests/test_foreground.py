@@ -166,6 +166,14 @@ def test_background_images_cover():
     assert result[0, :, 4:16].min() > 0.99 and result[1].max() == 0
 
 
+def test_background_of_a_very_tall_image():
+    """Scaled whole to cover it, this background would have three thousand million pixels."""
+    background = torch.rand(3, 9, 16, generator=torch.Generator().manual_seed(0))
+    result = composite(torch.zeros(3, 40000, 2), torch.zeros(40000, 2), background)
+    assert result.shape == (3, 40000, 2)
+    torch.testing.assert_close(result[:, [0, 20000, 39999], 0], background[:, [0, 4, 8], 7], rtol=0, atol=1e-3)
+
+
 def test_parse_background(tmp_path):
     assert parse_background("white").flatten().tolist() == [1, 1, 1]
     assert to_uint8(parse_background("#1a2b3c")).flatten().tolist() == [0x1A, 0x2B, 0x3C]

@@ -1,5 +1,6 @@
 """Videos are cut out frame by frame, with their alpha, sound and times."""
 
+import socket
 import struct
 import subprocess
 import sys
@@ -283,6 +284,22 @@ def test_playlists_texts_and_photos_are_no_videos(tmp_path):
         with pytest.raises(VideoError, match=f"^{name} is no video that can be read") as caught:
             cut_out_video(tmp_path / name, tmp_path / "out.webm", brightness_mask)
         assert str(tmp_path) not in str(caught.value)
+
+
+def test_names_are_those_of_files_and_nothing_is_fetched(tmp_path, monkeypatch):
+    """FFmpeg takes what stands before a colon for a protocol."""
+    monkeypatch.chdir(tmp_path)
+    source = write_video(tmp_path / "in.mp4")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2)
+        for name in (f"http://127.0.0.1:{server.getsockname()[1]}/in.mp4", "concat:in.mp4", "file:in.mp4"):
+            with pytest.raises(VideoError, match="no video that can be read: No such file"):
+                cut_out_video(name, tmp_path / "out.webm", brightness_mask)
+        with pytest.raises(TimeoutError):
+            server.accept()
+    source.rename("at 10:30.mp4")
+    (tmp_path / "a:b").mkdir()
+    assert cut_out_video("at 10:30.mp4", "a:b/out.webm", brightness_mask).is_file()
 
 
 def test_unknown_codecs_are_refused_and_unreadable_names_are_not(tmp_path):

@@ -243,14 +243,15 @@ def composite(foreground: torch.Tensor, alpha: torch.Tensor, background: torch.T
     height, width = foreground.shape[-2:]
     background = background.to(foreground.device, torch.float32)  # scaling knows no half precision on a CPU
     if background.shape[-2:] not in ((1, 1), (height, width)):
+        # Cut first: scaled whole, a wide background of a tall image would have any number of pixels.
         scale = max(height / background.shape[-2], width / background.shape[-1])
         size = [
-            max(target, round(side * scale))
+            min(side, max(1, round(target / scale)))
             for target, side in zip((height, width), background.shape[-2:], strict=True)
         ]
-        background = F.interpolate(background[None], size=size, mode="bilinear", antialias=True)[0].clamp_(0, 1)
-        top, left = (size[0] - height) // 2, (size[1] - width) // 2
-        background = background[:, top : top + height, left : left + width]
+        top, left = ((side - kept) // 2 for side, kept in zip(background.shape[-2:], size, strict=True))
+        background = background[None, :, top : top + size[0], left : left + size[1]]
+        background = F.interpolate(background, (height, width), mode="bilinear", antialias=True)[0].clamp_(0, 1)
     alpha = alpha.reshape(*foreground.shape[:-3], 1, height, width).to(foreground.dtype)
     return torch.lerp(background.to(foreground.dtype).expand_as(foreground), foreground, alpha)
 

@@ -89,6 +89,8 @@ def load_image(
         if isinstance(source, np.ndarray):
             return _from_array(source)
         if is_file and not isinstance(source, os.PathLike):
+            if getattr(source, "seekable", bool)():
+                source.seek(0)  # it may have just been written, or read by someone else
             source = source.read()
         if isinstance(source, str) and urlsplit(source).scheme in ("http", "https"):
             name = source
@@ -141,7 +143,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """A PIL image as 8-bit RGB. Greys of more bits or in floating point are scaled; Pillow would clip them at 255."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float32)
-        values = values / (65535 if image.mode != "F" else 1 if values.max() <= 1 else 255)
+        if image.mode == "F":
+            values = values / (1 if values.max() <= 1 else 255)
+        else:  # of 32 bits it may as well be one of 8, as NumPy's integers make it
+            values = values / (255 if image.mode == "I" and values.max() <= 255 else 65535)
         return _from_array(values.clip(0, 1))
     return image.convert("RGB")
 

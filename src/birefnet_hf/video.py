@@ -210,7 +210,7 @@ def cut_out_video(
     try:
         frame_size = _frame_size(source, max_pixels)
         with _open(source, max_pixels) as reader:
-            with _writing(target), av.open(os.fspath(temporary), "w") as writer:
+            with _writing(target), av.open(_file_url(temporary), "w") as writer:
                 _transcode(reader, writer, encoding, render, frame_size, info, max_seconds, progress)
         os.replace(temporary, target)
     except _ReadError as error:
@@ -313,12 +313,18 @@ def _transcode(
             writer.mux(sound.encode(None))
 
 
+def _file_url(path: str | os.PathLike[str]) -> str:
+    """The path as FFmpeg does not take for anything else: what comes before a colon it takes for a protocol to fetch with."""
+    return f"file:{os.path.abspath(path)}"
+
+
 def _open(source: str | os.PathLike[str], max_pixels: int | None = None) -> "av.container.InputContainer":
     """Opens a video so that frames far above `max_pixels`, of which its header says nothing, are not even decoded."""
     import av
 
+    options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}
     # Cameras write names in all kinds of encodings.
-    container = av.open(os.fspath(source), options={"format_whitelist": _CONTAINERS}, metadata_errors="replace")
+    container = av.open(_file_url(source), options=options, metadata_errors="replace")
     for stream in container.streams.video:
         if max_pixels is not None and stream.codec_context is not None:
             # Decoders count rows and columns that are cut off later.
