@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         logger.error("%s", error)
         return 1
+    if getattr(model, "_hf_peft_config_loaded", False):
+        logger.error("%s holds adapters (LoRA) of another network: train it with --merge-lora.", arguments.model)
+        return 1
     # From here on every save of these classes in this process copies code: hence a script, not a part of the package.
     BiRefNetConfig.register_for_auto_class()
     BiRefNetForImageSegmentation.register_for_auto_class("AutoModelForImageSegmentation")

@@ -59,6 +59,7 @@ import yaml
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast, set_seed
 from huggingface_hub import HfApi
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
@@ -75,6 +76,7 @@ from birefnet_hf.metrics import METRICS
 from birefnet_hf.modeling_birefnet import BiRefNetImageSegmentationOutput
 from birefnet_hf.synthesis import Compositor
 from birefnet_hf.training import (
+    NO_ARCHITECTURE,
     OWN_METRICS,
     SubstitutingDataset,
     TrainingError,
@@ -186,7 +188,9 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank instead of the network")
     group.add_argument("--lora-alpha", type=float, help="scale of the adapters; twice the rank when absent")
     group.add_argument("--merge-lora", action=flag, default=False, help="save merged; the adapters go to adapter/")
-    group.add_argument("--gradient-checkpointing", action=flag, default=False, help="recompute the backbone's blocks")
+    group.add_argument(
+        "--gradient-checkpointing", action=flag, default=False, help="recompute the blocks of a transformer"
+    )
     group.add_argument("--compile", action=flag, default=False, help="torch.compile")
 
     group = parser.add_argument_group("data, see birefnet_hf.data.load_pairs")
@@ -212,6 +216,8 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("validation")
     group.add_argument("--validation-data")
     group.add_argument("--validation-masks")
+    group.add_argument("--validation-image-column", help="as --image-column when absent")
+    group.add_argument("--validation-mask-column", help="as --mask-column when absent")
     group.add_argument("--validation-subsets", nargs="+")
     group.add_argument("--validation-split", default="validation")
     group.add_argument("--validation-cutouts", action=flag, default=False, help="the validation data are cut-outs")
@@ -254,8 +260,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_settings(path: Path) -> list[str]:
-    """The settings of a file as command-line arguments, so that they are checked alike.
+def read_settings(path: Path, parser: argparse.ArgumentParser) -> list[str]:
+    """The settings of a file as the parser's command-line arguments, so that they are checked alike.
 
     Raises:
         ValueError: the file is no mapping.
@@ -264,9 +270,13 @@ def read_settings(path: Path) -> list[str]:
     if not isinstance(settings, Mapping):
         raise ValueError(f"{path} must be a mapping of settings such as `batch_size: 8`.")
     argv = []
+    known = {option: action for action in parser._actions for option in action.option_strings}
     for name, value in settings.items():
         option = name.replace("_", "-")
-        if isinstance(value, bool):
+        if value is False and f"--no-{option}" not in known:  # YAML takes `off` and `no` for this, too
+            choices = getattr(known.get(f"--{option}"), "choices", None) or ()
+            argv += [f"--{option}={choice}" for choice in ("off", "no") if choice in choices]
+        elif isinstance(value, bool):
             argv.append(f"--{option}" if value else f"--no-{option}")
         elif isinstance(value, list):
             argv += [f"--{option}", *map(str, value)]
@@ -284,7 +294,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     first.add_argument("--recipe", default="default")
     config = first.parse_known_args(argv)[0].config
     try:
-        argv = (read_settings(config) if config else []) + argv
+        argv = (read_settings(config, parser) if config else []) + argv
     except (OSError, ValueError, yaml.YAMLError) as error:
         parser.error(f"--config: {error}")
     parser.set_defaults(**RECIPES.get(first.parse_known_args(argv)[0].recipe, {}))
@@ -307,6 +317,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--validation-fraction and --warmup are shares: at least 0 and below 1")
     if arguments.merge_lora and not arguments.lora_rank:
         parser.error("--merge-lora needs --lora-rank")
+    if arguments.lora_rank and not arguments.merge_lora:
+        if changed := sorted(set(arguments.model_settings) - set(NO_ARCHITECTURE)):
+            parser.error(f"adapters are saved without --model-settings {', '.join(changed)}: add --merge-lora")
     if unknown := [name for name in arguments.metrics if name not in METRICS]:
         parser.error(f"there are no metrics {', '.join(unknown)}: choose from {', '.join(METRICS)}")
     if arguments.best_metric not in (*arguments.metrics, "iou", *OWN_METRICS):
@@ -374,7 +387,7 @@ class Run:
         sign = 1 if (OWN_METRICS | METRICS)[name].higher_is_better else -1
         trained = [record for record in self.history if record["step"] > 0 and record["step"] not in self.gone]
         # What is measured may have changed since the run was interrupted.
-        measured = [record for record in trained if name in record]
+        measured = [record for record in trained if not math.isnan(record.get(name, math.nan))]
         return max(measured, key=lambda record: sign * record[name]) if measured else self.history[-1]
 
 
@@ -414,6 +427,11 @@ def load_data(arguments: argparse.Namespace, size: tuple[int, int]) -> tuple[Dat
                 parts.append(load_pairs(rows.select(np.sort(part)), compositor=composing, **options))
             except BadDataError as error:
                 bad |= dict.fromkeys(error.samples)  # a background is one of both
+            except ValueError as error:
+                name = "validation" if parts else "training"
+                raise ValueError(
+                    f"Of the data divided by --validation-fraction, the part for {name}: {error}"
+                ) from error
         if bad:
             raise BadDataError(list(bad))
         training, validation = parts
@@ -425,8 +443,9 @@ def load_data(arguments: argparse.Namespace, size: tuple[int, int]) -> tuple[Dat
                 arguments.validation_masks,
                 subsets=arguments.validation_subsets,
                 split=arguments.validation_split,
+                image_column=arguments.validation_image_column or arguments.image_column,
+                mask_column=arguments.validation_mask_column or arguments.mask_column,
                 compositor=measuring,
-                **columns,
                 **options,
             )
     if arguments.more_cutouts:
@@ -447,6 +466,11 @@ def load_model(arguments: argparse.Namespace) -> tuple[BiRefNetForImageSegmentat
     if arguments.model is not None:
         name = resolve_checkpoint(arguments.model)
         model = BiRefNetForImageSegmentation.from_pretrained(name, dtype=torch.float32, **settings)
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"{name} holds adapters (LoRA) of another network: to go on from them, train them with --merge-lora, "
+                "which saves a whole network."
+            )
         processor = BiRefNetImageProcessor.from_pretrained(name)
     else:
         if arguments.backbone:
@@ -485,7 +509,13 @@ def adapt_model(
         model.class_head.requires_grad_(False)  # the data have no classes
     model.criterion = BiRefNetLoss(model.config.loss_task, reference=arguments.recipe == "upstream")
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        try:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError as error:
+            backbone = model.config.backbone
+            raise ValueError(
+                f"--gradient-checkpointing: {backbone} has no blocks to recompute, leave it out."
+            ) from error
     if arguments.batch_norm == "sync":
         if accelerator.device.type == "cpu" or accelerator.num_processes == 1:
             raise ValueError("--batch-norm sync is for several processes on accelerators: use train or frozen.")
@@ -533,7 +563,14 @@ def set_up(arguments: argparse.Namespace, accelerator: Accelerator) -> Run:
             )
     if arguments.push_to_hub and accelerator.is_main_process:
         HfApi().create_repo(arguments.push_to_hub, exist_ok=True)  # a missing login is noticed now
-    model, processor = load_model(arguments)
+    try:
+        model, processor = load_model(arguments)
+    except (
+        StrictDataclassError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # of settings that no network has, or not this one
+        raise ValueError(f"The network cannot be built: {error}") from error
     task = model.config.loss_task
     model = adapt_model(model, arguments, accelerator)
     network = model.get_base_model() if arguments.lora_rank else model
@@ -751,6 +788,10 @@ def start_epoch(run: Run, epoch: int) -> DataLoader:
     run.criterion.weights = loss_weights(
         run.task, epoch + 1, arguments.epochs, last_epochs=last_epochs, compounding=arguments.recipe == "upstream"
     )
+    if epoch == 0 and run.criterion.weights != loss_weights(run.task):
+        logger.warning(
+            "All %d epochs have the losses of the last ones: give --last-epochs, 0 for none.", arguments.epochs
+        )
     set_training_mode(run.model, arguments.batch_norm == "frozen")
     run.loader.set_epoch(epoch)
     steps_done = run.step - epoch * run.steps_per_epoch

@@ -1,6 +1,7 @@
 """The command `birefnet`: which files it reads and writes, what it reports, how it ends."""
 
 import http.server
+import io
 import re
 import threading
 import time
@@ -11,6 +12,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import typer
+from click.testing import Result
 from PIL import Image
 from tqdm import tqdm
 from typer.testing import CliRunner
@@ -303,6 +305,25 @@ def test_the_network_of_the_package_finds_the_object(tmp_path, scene):
     assert mask[inside].mean() > 180 and mask[~inside].mean() < 40
     assert np.abs(composite[inside].mean(axis=0) - np.asarray(image)[inside].mean(axis=0)).max() < 50
     assert np.abs(composite[~inside].mean(axis=0) - (0, 255, 0)).max() < 50
+
+
+def test_standard_input_and_output(tmp_path, tiny_model_dir):
+    """Standard output holds the picture and nothing else."""
+
+    def invoke(*arguments: str | Path, data: bytes | None = None) -> Result:
+        return CliRunner().invoke(app, [*map(str, arguments), "--model", str(tiny_model_dir)], input=data)
+
+    photo = write_image(tmp_path / "a.jpg")
+    result = invoke("-", "-o", "-", "--format", "webp", data=photo.read_bytes())
+    assert result.exit_code == 0 and "1 written" in result.stderr
+    with Image.open(io.BytesIO(result.stdout_bytes)) as picture:
+        assert (picture.format, picture.mode, picture.size) == ("WEBP", "RGBA", (40, 30))
+    result = invoke("-", "-o", tmp_path / "out", data=photo.read_bytes())
+    assert result.exit_code == 0 and files_below(tmp_path / "out") == ["stdin.png"]
+    result = invoke("-", "-o", "-", data=b"")
+    assert (result.exit_code, result.stdout_bytes) == (1, b"") and "FAILED -: " in result.stderr
+    result = invoke(photo, write_image(tmp_path / "b.jpg"), "-o", "-")
+    assert result.exit_code == 2 and "takes one image" in result.stderr
 
 
 def test_webp_is_lossless(tmp_path, run):

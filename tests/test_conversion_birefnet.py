@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageSegmentation
 
-from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
+from birefnet_hf import NANO, BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
 from birefnet_hf.conversion_birefnet import infer_architecture, load_state_dict_file, read_tensor_shapes
 
 
@@ -237,6 +237,14 @@ def test_conversion_script_on_released_directory(released_dir, tmp_path):
     # What exists is not written over, and a path that does not exist is named.
     assert run_script("convert_checkpoint.py", released_dir, tmp_path / "converted") == 2
     assert run_script("convert_checkpoint.py", tmp_path / "nowhere.pth", tmp_path / "other") == 1
+
+
+def test_conversion_script_on_the_network_of_the_package(tmp_path):
+    assert run_script("convert_checkpoint.py", NANO, tmp_path / "converted", "--verify") == 0
+    settings = [BiRefNetConfig.from_pretrained(folder).to_dict() for folder in (NANO, tmp_path / "converted")]
+    for names in settings:
+        del names["_name_or_path"]
+    assert settings[0] == settings[1]
 
 
 def test_conversion_script_on_a_saved_directory_keeps_its_settings(tiny_model_dir, tmp_path):

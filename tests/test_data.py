@@ -125,6 +125,15 @@ class TestFolders:
         assert all(row["image"].mode == "RGB" and row["mask"].mode == "L" for row in rows)
         assert rows[1]["mask"].tobytes() == mask(0).tobytes()
 
+    def test_names_of_other_systems(self, tmp_path):
+        """Accents as one character or as two, and the formats that cameras and scientists write."""
+        images, masks = tmp_path / "im", tmp_path / "gt"
+        images.mkdir(), masks.mkdir()
+        for image_name, mask_name in (("e\u0301.jpg", "\u00e9.png"), ("b.jfif", "b.pgm"), ("c.avif", "c.png")):
+            photo().save(images / image_name, "JPEG" if image_name.endswith("jfif") else None)
+            mask().save(masks / mask_name)
+        assert len(load_pairs(tmp_path)) == 3
+
     def test_image_modes(self, tmp_path):
         images, masks = write_pairs(tmp_path, [])
         for mode in ("L", "RGBA", "P", "LA"):
@@ -145,25 +154,30 @@ class TestFolders:
 
     def test_all_problems_are_listed(self, tmp_path, caplog):
         images, masks = write_pairs(
-            tmp_path, ["good", "nomask", "noimage", "twice", "size", "empty", "text", "cut", "cutmask"]
+            tmp_path, ["good", "nomask", "noimage", "twice", "size", "empty", "classes", "text", "cut", "cutmask"]
         )
         (masks / "nomask.png").unlink()
         (images / "noimage.jpg").unlink()
         photo().save(images / "twice.png")
         mask().crop((0, 0, 30, 30)).save(masks / "size.png")
         mask(level=0).save(masks / "empty.png")
+        mask(level=2).save(masks / "classes.png")
         (images / "text.jpg").write_bytes(b"this is no image")
         for path in (images / "cut.jpg", masks / "cutmask.png"):
             path.write_bytes(path.read_bytes()[:-40])
+        for folder in (images, masks):
+            (folder / "link.png").symlink_to(tmp_path / "nowhere.png")
         expected = {
             "nomask.jpg": "no mask",
             "noimage.png": "no image",
             "twice.jpg": "several files",
             "size.jpg": "40×30.*30×30",
             "empty.jpg": "empty",
+            "classes.jpg": "nothing in the mask is foreground: its largest value is 2",
             "text.jpg": "image cannot be read",
             "cut.jpg": "image cannot be read",
             "cutmask.jpg": "mask cannot be read",
+            "link.png": "image cannot be read",
         }
         with pytest.raises(BadDataError) as raised:
             load_pairs(tmp_path)

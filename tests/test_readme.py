@@ -87,7 +87,11 @@ def test_commands(command, workplace, tiny_model_dir):
         elif "--help" not in arguments:
             arguments += ["--model", str(tiny_model_dir)]
         arguments = [argument.replace("2560x1440", "64x32") for argument in arguments]
-        result = CliRunner().invoke(app, arguments)
+        data = None
+        if "<" in arguments:  # FILE > FILE
+            data = Path(arguments[arguments.index("<") + 1]).read_bytes()
+            arguments = arguments[: arguments.index("<")]
+        result = CliRunner().invoke(app, arguments, input=data)
         assert result.exit_code == 0, result.output
     elif "export_remote_code.py" in arguments[0]:  # it changes how its process saves models
         result = subprocess.run([sys.executable, ROOT / arguments[0], *arguments[1:]], capture_output=True, text=True)

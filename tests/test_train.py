@@ -1,9 +1,11 @@
 """scripts/train.py: what a run leaves behind, exact resuming, several processes, adapters, bad data and full disks."""
 
+import argparse
 import base64
 import functools
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -450,6 +452,47 @@ def test_adapters_are_trained_saved_and_merged(pairs, tiny_model_dir, tmp_path):
         torch.testing.assert_close(by_itself(pixel_values).logits, logits, atol=1e-5, rtol=1e-5)
 
 
+def test_adapters_are_no_network_to_start_from(pairs, tiny_model_dir, tmp_path, messages):
+    """Their settings name the network that they adapt; what is frozen gets none."""
+    model = BiRefNetForImageSegmentation.from_pretrained(tiny_model_dir)
+    model.backbone.requires_grad_(False)
+    model = add_adapters(model, rank=2, alpha=4)
+    assert {name.split(".")[2] for name, item in model.named_parameters() if item.requires_grad} == {
+        "squeeze_module",
+        "decoder",
+    }
+    model.save_pretrained(tmp_path / "adapter")
+    BiRefNetImageProcessor().save_pretrained(tmp_path / "adapter")
+    assert train.main(arguments(pairs, tmp_path / "run", "--model", tmp_path / "adapter")) == 1
+    if version.parse(transformers.__version__) >= version.parse("5.18"):
+        assert "train them with --merge-lora" in messages.text
+
+
+def test_settings_that_no_network_has(pairs, tiny_model_dir, tmp_path, messages):
+    cases = {
+        "depths": {"backbone": "swin", "embed_dim": 7},
+        "swin_v1_x": {"backbone": "swin_v1_x"},
+        "nonsense": {"backbone": "swin_v1_t", "nonsense": 1},
+    }
+    for name, settings in cases.items():
+        messages.clear()
+        argv = arguments(pairs, tmp_path / "run")
+        argv[argv.index("--model-settings") + 1] = json.dumps(settings)
+        assert train.main(argv) == 1
+        assert "cannot be built" in messages.text and name in messages.text
+    messages.clear()
+    assert train.main(arguments(pairs, tmp_path / "run", "--model", "nano", "--gradient-checkpointing")) == 1
+    assert "tf_efficientnet_lite0 has no blocks to recompute" in messages.text
+
+
+def test_a_metric_that_is_undefined_at_first_may_be_the_best_later():
+    run = train.Run.__new__(train.Run)
+    run.arguments = argparse.Namespace(best_metric="mba")
+    run.gone = set()
+    run.history = [{"step": step, "mba": value} for step, value in enumerate([0.1, math.nan, 0.5, math.nan, 0.7, 0.6])]
+    assert run.best["step"] == 4
+
+
 def test_every_adapter_has_a_gradient(tiny_model_dir):
     model = add_adapters(BiRefNetForImageSegmentation.from_pretrained(tiny_model_dir), rank=2, alpha=4)
     set_training_mode(model)
@@ -642,7 +685,8 @@ def test_settings_come_from_recipe_file_and_command_line(tmp_path):
     file = tmp_path / "settings.yaml"
     file.write_text(
         "data: photos\noutput_dir: runs/x\nmodel_settings: {backbone: swin_v1_t}\nsize: [64, 96]\ncutouts: true\n"
-        "recipe: upstream\nlearning_rate: 2e-4\nmax_grad_norm: 5\nseed: null\nmilestones: []\n",
+        "recipe: upstream\nlearning_rate: 2e-4\nmax_grad_norm: 5\nseed: null\nmilestones: []\n"
+        "check: off\nmixed_precision: no\nresume: false\nmerge_lora: false\n",  # all of them False to YAML
         encoding="utf-8",
     )
     settings = train.parse_arguments(["--config", str(file), "--max-grad-norm", "3"])
@@ -650,6 +694,12 @@ def test_settings_come_from_recipe_file_and_command_line(tmp_path):
     assert (settings.size, settings.cutouts, settings.learning_rate, settings.seed) == ([64, 96], True, 2e-4, 7)
     assert (settings.schedule, settings.augmentation, settings.ema_decay) == ("constant", "upstream", 0.0)
     assert settings.max_grad_norm == 3
+    assert (settings.check, settings.mixed_precision, settings.resume, settings.merge_lora) == (
+        "off",
+        "no",
+        None,
+        False,
+    )
     settings = train.parse_arguments(["--config", str(file), "--recipe", "default"])
     assert (settings.schedule, settings.max_grad_norm, settings.milestones) == ("cosine", 5, [])
     assert train.parse_arguments(["--config", str(file), "--output-dir", "~/x"]).output_dir == Path.home() / "x"
@@ -663,6 +713,11 @@ def test_settings_come_from_recipe_file_and_command_line(tmp_path):
         (["--output-dir", "x", "--data", "z", "--model", "y", "--best-metric", "mse"], "is not measured"),
         (["--output-dir", "x", "--data", "z", "--model", "y", "--metrics", "psnr"], "no metrics psnr"),
         (["--output-dir", "x", "--data", "z", "--model-settings", "nowhere.json"], "neither JSON nor a file"),
+        (
+            ["--output-dir", "x", "--data", "z", "--model", "y", "--lora-rank", "2"]
+            + ["--model-settings", '{"patch_order": "wg_hg_c", "drop_path_rate": 0}'],
+            "without --model-settings patch_order: add --merge-lora",
+        ),
     ],
 )
 def test_wrong_settings_are_explained(wrong, message, capsys):
@@ -705,8 +760,10 @@ def test_all_sources_of_data_are_reached_from_the_command_line(pairs, tmp_path):
     assert lengths(*folders, "--validation-data", pairs / "im", "--validation-masks", pairs / "gt") == (8, 8)
     columns = ["--data", tmp_path / "saved", "--image-column", "before", "--mask-column", "after"]
     assert lengths(*columns, "--validation-data", tmp_path / "saved", "--validation-split", "test") == (3, 1)
+    other_columns = ["--validation-image-column", "image", "--validation-mask-column", "mask"]
+    assert lengths(*columns, "--validation-data", pairs, *other_columns) == (3, 8)
     assert lengths("--data", pairs, "--cutouts", "--validation-data", pairs, "--validation-samples", 2) == (8, 2)
-    assert lengths(*folders, "--more-cutouts", pairs / "im", "--validation-fraction", 0.25) == (6 + 8, 2)
+    assert lengths(*folders, "--more-cutouts", pairs, "--validation-fraction", 0.25) == (6 + 8, 2)
 
 
 def test_backgrounds_matter_to_cutouts_only(tmp_path):

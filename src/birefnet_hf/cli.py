@@ -24,16 +24,14 @@ import typer
 from tqdm import tqdm
 
 from .checkpoints_birefnet import CHECKPOINTS
-from .image_loading import is_url
+from .image_loading import IMAGE_SUFFIXES, is_url
 
 
 if TYPE_CHECKING:
     from PIL import Image
 
-# What is looked for in folders. Whether a file can be read depends on Pillow; one that cannot is reported.
-IMAGE_SUFFIXES = frozenset(
-    (".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-)
+# Standard input as a source, standard output as a target.
+STREAM = "-"
 # Files being decoded and encoded at once; both release the interpreter's lock.
 READERS = 2
 WRITERS = 2
@@ -49,6 +47,8 @@ birefnet photos/ -o cutouts --model lite --skip-existing
 birefnet "photos/**/*.jpg" -o masks --mask-only --format webp
 
 birefnet photo.jpg -o on_white.png --background white
+
+birefnet - -o - < photo.jpg > cutout.png
 """
 
 
@@ -75,7 +75,7 @@ class Input:
     """An image to process.
 
     Attributes:
-        source: Path or URL.
+        source: Path, URL or `STREAM`.
         name: File name below the output folder, with the sub-folders to mirror; its suffix is the source's.
     """
 
@@ -100,7 +100,7 @@ def find_inputs(arguments: Iterable[str], output: Path) -> tuple[list[Input], li
     """Lists the images that the arguments stand for, each once.
 
     Args:
-        arguments: Files, folders (searched recursively; hidden files are left out), globs and URLs.
+        arguments: Files, folders (searched recursively; hidden files are left out), globs, URLs and `STREAM`.
         output: Where results go. Folders and globs that contain it are not searched there.
 
     Returns:
@@ -116,6 +116,8 @@ def find_inputs(arguments: Iterable[str], output: Path) -> tuple[list[Input], li
     for argument in arguments:
         if is_url(argument):
             found = [Input(argument, _name_of_url(argument))]
+        elif argument == STREAM:
+            found = [Input(argument, Path("stdin"))]
         elif os.path.isdir(argument):
             root = Path(argument)
             if output.resolve() == root.resolve():
@@ -180,7 +182,11 @@ def assign_targets(
             two images with one name, or a result that would replace an image, also that of the background.
     """
     suffix = output.suffix.lower()
-    if suffix in IMAGE_SUFFIXES and not output.is_dir():
+    if str(output) == STREAM:
+        if len(inputs) > 1:
+            raise typer.BadParameter(f"Standard output takes one image, there are {len(inputs)}; give a folder.")
+        jobs = [Job(inputs[0].source, output)]
+    elif suffix in IMAGE_SUFFIXES and not output.is_dir():
         if suffix.removeprefix(".") not in list(OutputFormat):
             raise typer.BadParameter(f"{output}: results are written as .png or .webp, or into a folder.")
         if output_format not in (None, suffix.removeprefix(".")):
@@ -231,6 +237,25 @@ def prepare_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise typer.BadParameter(f"Cannot write to {folder}: {error.strerror or error}.") from error
+
+
+def read_image(source: str) -> "Image.Image":
+    """The image of a path, a URL or standard input."""
+    from .image_loading import load_image
+
+    return load_image(sys.stdin.buffer.read() if source == STREAM else source)
+
+
+def write_image(image: "Image.Image", target: Path, stream_format: OutputFormat = OutputFormat.PNG) -> None:
+    """Writes an image to a file, which appears whole or not at all, or to standard output."""
+    from .image_loading import save_image
+
+    if str(target) != STREAM:
+        return save_image(image, target)
+    with tempfile.TemporaryDirectory() as folder:
+        save_image(image, file := Path(folder) / f"image.{stream_format}")
+        sys.stdout.buffer.write(file.read_bytes())
+        sys.stdout.buffer.flush()
 
 
 def read_ahead(
@@ -342,12 +367,17 @@ def _list_aliases() -> str:
 def remove_backgrounds(
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="INPUT", help="Image files, folders (searched recursively), globs and URLs."),
+        typer.Argument(
+            metavar="INPUT", help="Image files, folders (searched recursively), globs, URLs and - for standard input."
+        ),
     ],
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", metavar="OUT", help="Folder for the results, or a .png or .webp file for a single image."
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="Folder for the results; for a single image a .png or .webp file, or - for standard output.",
         ),
     ],
     mask_only: Annotated[
@@ -454,7 +484,9 @@ def remove_backgrounds(
         raise typer.BadParameter("There is no image to process: " + "; ".join(problems))
     jobs = assign_targets(images, output, output_format, background)
     is_file = len(jobs) == 1 and jobs[0].target == output
-    prepare_folder(output.parent if is_file else output)
+    is_stream = str(output) == STREAM
+    if not is_stream:
+        prepare_folder(output.parent if is_file else output)
     total = len(jobs)
     if skip_existing:
         jobs = [job for job in jobs if not job.target.exists()]
@@ -473,17 +505,18 @@ def remove_backgrounds(
             refine=refine,
             threshold=threshold,
         )
-        from .image_loading import load_image, save_image
-
         with tqdm(total=len(jobs), unit="image", disable=None) as progress:
             outcome = Outcome(progress)
             start = time.monotonic()
-            process(jobs, load_image, partial(pipe, batch_size=batch_size), save_image, batch_size, outcome)
+            write = partial(write_image, stream_format=output_format or OutputFormat.PNG)
+            process(jobs, read_image, partial(pipe, batch_size=batch_size), write, batch_size, outcome)
             seconds = time.monotonic() - start
         written, failed = outcome.written, outcome.failed + failed
     counts = {"written": written, "skipped": total - len(jobs), "failed": failed}
     summary = ", ".join(f"{count} {name}" for name, count in counts.items() if count or name == "written")
-    typer.echo(f"{summary} in {seconds:.1f} s, {written / seconds:.2g} images/s" if written else summary)
+    typer.echo(
+        f"{summary} in {seconds:.1f} s, {written / seconds:.2g} images/s" if written else summary, err=is_stream
+    )
     if failed:
         raise typer.Exit(1)
 

@@ -16,6 +16,7 @@ import io
 import logging
 import os
 import re
+import unicodedata
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -238,7 +239,12 @@ def _problem(row: Mapping[str, Any], full: bool) -> str | None:
         return f"the mask cannot be read ({_explain(error)})"
     if mask.size != size:
         return _different_sizes(size, mask.size)
-    return None if mask.getbbox() else "the mask is empty"
+    brightest = mask.getextrema()[1]
+    if 0 < brightest < 128:
+        return (
+            f"nothing in the mask is foreground: its largest value is {brightest} of 255 (class numbers, or colours?)"
+        )
+    return None if brightest else "the mask is empty"
 
 
 def _check(rows: datasets.Dataset, full: bool) -> tuple[list[int], list[BadSample]]:
@@ -306,8 +312,8 @@ def load_pairs(
         check: "fast" reads the headers and ends of images and decodes masks; "full" decodes images, too, which also
             finds damage in the middle of a file; "off" believes that all is well.
         on_bad: "stop" raises `BadDataError` that lists all bad samples, "skip" leaves them out and logs a warning. Bad
-            are: image or mask missing, unreadable or of another size than its partner; two files of one stem; an empty
-            mask.
+            are: image or mask missing, unreadable or of another size than its partner; two files of one stem; a mask without
+            foreground.
 
     Returns:
         A dataset whose rows are {"image": RGB PIL image, "mask": L PIL image, 255 foreground, "name": str}.
@@ -334,7 +340,7 @@ def load_pairs(
             bad = bad + bad_photos
     _settle(bad, on_bad)
     if len(rows) == 0:
-        raise ValueError(f"No usable sample in {source}.")
+        raise ValueError(f"No usable sample in {source if isinstance(source, str | Path) else 'the dataset'}.")
     if bad_photos:
         names = {sample.name for sample in bad_photos}
         good_photos = [photo for photo in compositor.photos if str(photo) not in names]
@@ -462,10 +468,15 @@ def _by_stem(folder: Path) -> dict[str, list[Path]]:
         raise FileNotFoundError(f"There is no folder {folder}.")
     files: dict[str, list[Path]] = {}
     for path in list_images(folder):
-        files.setdefault(path.stem, []).append(path)
+        files.setdefault(_stem(path), []).append(path)
     if not files:
         raise ValueError(f"There are no images in {folder}.")
     return files
+
+
+def _stem(path: str | Path) -> str:
+    """The file's name without suffix, one for all encodings of a letter with an accent: systems differ in them."""
+    return unicodedata.normalize("NFC", Path(path).stem)
 
 
 def _rows(paths: dict[str, list[str]]) -> datasets.Dataset:
@@ -496,7 +507,7 @@ def find_predictions(
     good, bad, paths = [], [], []
     names = sample_names(pairs)
     for index, row in enumerate(tqdm(pairs.with_format(None), desc="checking predictions", disable=None)):
-        found = files.get(Path(names[index]).stem, [])
+        found = files.get(_stem(names[index]), [])
         reason = _prediction_problem(found, row["mask"])
         if reason is None:
             good.append(index)
@@ -576,7 +587,8 @@ def _choose_columns(
     if image is None or (mask is None and needs_mask):
         raise ValueError(
             f"It is not clear which columns hold the image (guess: {image}) and the mask (guess: {mask}): pass "
-            f"image_column and mask_column (--image-column, --mask-column). The columns are: {', '.join(columns)}."
+            f"image_column and mask_column (--image-column, --mask-column). The columns are: {', '.join(columns)}. "
+            "In a metadata file, paths of masks are in a column mask_file_name."
         )
     chosen = {image: "image"} if mask is None else {image: "image", mask: "mask"}
     rows = rows.select_columns(list(chosen)).rename_columns({old: new for old, new in chosen.items() if old != new})

@@ -28,6 +28,12 @@ logger = logging.getLogger(__name__)
 
 ImageSource = str | os.PathLike[str] | bytes | io.IOBase | Image.Image | np.ndarray
 
+# What is looked for in folders. Whether a file can be read depends on Pillow; one that cannot is reported.
+IMAGE_SUFFIXES = frozenset(
+    (".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg")
+    + (".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+
 DEFAULT_TIMEOUT = 30.0
 MAX_DOWNLOAD_BYTES = 50 * 2**20
 MAX_REDIRECTS = 5

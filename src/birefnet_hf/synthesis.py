@@ -14,10 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageStat
 
-from .image_loading import load_image
+from .image_loading import IMAGE_SUFFIXES, load_image
 
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 
 # Thin structures are drawn this many times larger and averaged down: an alpha of 16 steps per pixel, exact enough.
 _SUPERSAMPLING = 3
@@ -26,11 +24,16 @@ _RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, 
 
 
 def list_images(folder: str | Path) -> list[Path]:
-    """The image files directly in a folder, by name; hidden files and other files are left out, any case of suffix."""
+    """The image files directly in a folder, by name; hidden files and other files are left out, any case of suffix.
+
+    Links that lead nowhere are among them, so that whoever opens them can name them.
+    """
     return sorted(
         path
         for path in Path(folder).iterdir()
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not path.name.startswith(".")
+        and (path.is_file() or path.is_symlink())
     )
 
 

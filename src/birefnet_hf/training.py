@@ -59,7 +59,7 @@ _FIXED_SETTINGS = (
 )
 
 # Settings of the network that no tensor depends on.
-_NO_ARCHITECTURE = (
+NO_ARCHITECTURE = (
     "freeze_backbone",
     "image_size",
     "loss_task",
@@ -235,7 +235,7 @@ def add_adapters(model: BiRefNetForImageSegmentation, rank: int, alpha: float) -
     """Freezes the network and gives each linear layer and convolution a low-rank adapter (Hu et al., arXiv 2106.09685).
 
     The output heads are trained in full, since a head of one channel has no rank to save. Deformable and grouped
-    convolutions, and a layer whose weights the network reads instead of calling it, stay as they are.
+    convolutions, a layer whose weights the network reads instead of calling it, and what is frozen stay as they are.
 
     Args:
         model: network that was loaded from somewhere, which the adapters refer to.
@@ -258,7 +258,8 @@ def add_adapters(model: BiRefNetForImageSegmentation, rank: int, alpha: float) -
         module.register_forward_pre_hook(lambda module, inputs, name=name: called.add(name))
         for name, module in model.named_modules()
         # By exact type: what a subclass computes, a plain adapter beside it does not.
-        if type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1)
+        if (type(module) is nn.Linear or (type(module) is nn.Conv2d and module.groups == 1))
+        and module.weight.requires_grad
     ]
     was_training = model.training
     with torch.no_grad():
@@ -573,7 +574,7 @@ def architecture(config: BiRefNetConfig) -> dict[str, Any]:
     return {
         field.name: getattr(config, field.name)
         for field in fields(config)
-        if field.name not in inherited and field.name not in _NO_ARCHITECTURE
+        if field.name not in inherited and field.name not in NO_ARCHITECTURE
     }
 
 
