@@ -48,7 +48,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -463,6 +463,8 @@ def load_model(arguments: argparse.Namespace) -> tuple[BiRefNetForImageSegmentat
         ValueError, OSError: there is no such model, or the settings do not go together.
     """
     settings = dict(arguments.model_settings)
+    if unknown := sorted(settings.keys() - {field.name for field in fields(BiRefNetConfig)}):
+        raise ValueError(f"--model-settings: BiRefNetConfig has no {', '.join(unknown)}.")
     if arguments.model is not None:
         name = resolve_checkpoint(arguments.model)
         model = BiRefNetForImageSegmentation.from_pretrained(name, dtype=torch.float32, **settings)

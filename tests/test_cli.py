@@ -94,6 +94,18 @@ def test_names_that_differ_by_suffix_alone_keep_it(tmp_path):
     }
 
 
+def test_a_suffix_that_is_kept_makes_no_other_images_name(tmp_path):
+    """Plugins of web servers write such files beside each other."""
+    for name in ("a.jpg", "a.png", "a.jpg.webp", "b.jpg"):
+        write_image(tmp_path / name)
+    assert names([tmp_path], tmp_path / "out") == {
+        "a.jpg": "a.jpg.png",
+        "a.png": "a.png.png",
+        "a.jpg.webp": "a.jpg.webp.png",
+        "b.jpg": "b.png",
+    }
+
+
 def test_several_folders_get_one_each(tmp_path):
     for name in ("shoes/1.jpg", "bags/1.png"):
         write_image(tmp_path / name)

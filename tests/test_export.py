@@ -1,5 +1,7 @@
 """Exported networks compute what PyTorch computes: ONNX Runtime, OpenVINO, torch.export, AOTInductor, int8 weights."""
 
+import copy
+import pickle
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import displace, load_script, tiny_settings
+from PIL import Image
+from transformers.utils import logging as transformers_logging
 
 from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor, load_pipeline
 from birefnet_hf.onnx_birefnet import BiRefNetOnnxForImageSegmentation
@@ -134,6 +138,26 @@ def test_openvino_serves_several_threads(exported_dir):
 
 def test_exported_pipeline_can_be_shown(exported_dir):
     assert "BackgroundRemovalPipeline" in repr(load_pipeline(str(exported_dir)))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_exported_pipelines_are_copied_and_sent_to_other_processes(exported_dir, runtime):
+    pytest.importorskip(runtime)
+    exported = BiRefNetOnnxForImageSegmentation.from_pretrained(exported_dir, runtime=runtime, num_threads=1)
+    pipe = load_pipeline(exported)
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    for copied in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
+        assert np.array_equal(np.asarray(copied(image)), np.asarray(pipe(image)))
+
+
+def test_stock_pipeline_of_an_exported_model_is_no_matter_of_concern(exported_dir, caplog):
+    transformers_logging.enable_propagation()
+    try:
+        pipe = load_pipeline(str(exported_dir), task="image-segmentation")
+    finally:
+        transformers_logging.disable_propagation()
+    assert "not supported" not in caplog.text
+    assert pipe(Image.new("RGB", (60, 40), "red")) is not None
 
 
 def test_two_networks_do_not_share_a_folder(exported_dir, program, tmp_path, monkeypatch, caplog):

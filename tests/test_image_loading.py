@@ -34,7 +34,7 @@ def encoded(image: Image.Image, file_format: str = "PNG", **parameters) -> bytes
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "P", "PA", "CMYK", "YCbCr", "HSV", "RGBX"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "RGBa", "L", "LA", "1", "P", "PA", "CMYK", "YCbCr", "HSV", "RGBX"])
 def test_modes(mode):
     image = picture(mode)
     loaded = load_image(image)
@@ -59,6 +59,11 @@ def test_deep_images_are_scaled_not_clipped(tmp_path):
         np.testing.assert_array_equal(np.asarray(load_image(source))[..., 0], expected)
     unit = Image.fromarray((ramp / 65535).astype(np.float32))
     np.testing.assert_array_equal(np.asarray(load_image(unit))[..., 1], expected)
+    deep = Image.fromarray(ramp.astype(np.float32))
+    np.testing.assert_array_equal(np.asarray(load_image(deep))[..., 1], expected)
+    for wrong in (np.full((2, 2), 1e6), np.full((2, 2), np.nan), np.full((2, 2), -1.0)):
+        with pytest.raises(ImageLoadError, match="expected 0 to 1 or 255 or 65535"):
+            load_image(Image.fromarray(wrong.astype(np.float32)))
     bytes_as_integers = Image.fromarray(expected.astype(np.int32))
     np.testing.assert_array_equal(np.asarray(load_image(bytes_as_integers))[..., 2], expected)
 
@@ -157,8 +162,13 @@ def test_bytes_and_data_urls():
     data = encoded(picture())
     url = "data:image/png;base64," + base64.b64encode(data).decode()
     np.testing.assert_array_equal(np.asarray(load_image(url)), np.asarray(load_image(data)))
+    wrapped = "DATA:image/png;BASE64," + base64.encodebytes(data).decode().rstrip("=\n")
+    assert load_image(wrapped).tobytes() == load_image(data).tobytes()
     with pytest.raises(ImageLoadError, match="base64"):
         load_image("data:image/png;base64,@@@")
+    with pytest.raises(ImageLoadError, match="is given as a data URL") as raised:
+        load_image(base64.b64encode(data * 100).decode())
+    assert len(str(raised.value)) < 200
     with pytest.raises(ImageLoadError, match="longer than"):
         load_image(url, max_bytes=10)
 

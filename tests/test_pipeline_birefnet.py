@@ -367,10 +367,24 @@ def test_files_and_columns_of_datasets(pipe, tmp_path):
     expected = np.asarray(pipe(photo()))
     with open(tmp_path / "a.png", "rb") as opened:
         np.testing.assert_array_equal(np.asarray(pipe(opened)), expected)
-    column = datasets.Dataset.from_dict({"image": [photo()] * 2})["image"]
-    results = list(pipe(column))
-    assert len(results) == 2
-    np.testing.assert_array_equal(np.asarray(results[0]), expected)
+    rows = datasets.Dataset.from_dict({"image": [photo()] * 2})
+    names = {str(tmp_path / "a.png"): None}.keys()
+    for column, length in ((rows["image"], 2), (rows.to_iterable_dataset()["image"], 2), (names, 1)):
+        results = list(pipe(column))
+        assert len(results) == length
+        np.testing.assert_array_equal(np.asarray(results[0]), expected)
+
+
+def test_what_a_worker_cannot_read_is_one_line(pipe, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(ImageLoadError, match=r"^[^\n]*text.png is no image[^\n]*$"):
+        pipe([photo(), str(tmp_path / "text.png")], num_workers=1)
+
+
+@pytest.mark.parametrize("size", ["256", (256,), 25.6])
+def test_sizes_of_other_forms_are_refused(pipe, size):
+    with pytest.raises(ValueError, match="must be .height, width. or one side"):
+        pipe(photo(), size=size)
 
 
 def test_registered_task(tiny_model_dir, library_log):

@@ -197,8 +197,14 @@ def assign_targets(
     else:
         suffix = f".{output_format or OutputFormat.PNG}"
         # Compared without case, since file systems may not tell it apart.
-        counts = Counter(str(item.stem).casefold() for item in inputs)
-        stems = [item.stem if counts[str(item.stem).casefold()] == 1 else item.name for item in inputs]
+        stems, shorter = [item.stem for item in inputs], []
+        while stems != shorter:  # a suffix that is kept may make the name of another image
+            shorter = stems
+            counts = Counter(str(stem).casefold() for stem in stems)
+            stems = [
+                stem if counts[str(stem).casefold()] == 1 else item.name
+                for stem, item in zip(stems, inputs, strict=True)
+            ]
         jobs = [Job(item.source, output / f"{stem}{suffix}") for item, stem in zip(inputs, stems, strict=True)]
 
     sources = {}

@@ -33,7 +33,7 @@ from torchvision.transforms.v2 import functional
 from tqdm.auto import tqdm
 
 from .augmentation import Augmentation, SoftMask, build_augmentation
-from .image_loading import ImageLoadError, load_image
+from .image_loading import ImageLoadError, load_image, to_bytes
 from .synthesis import Compositor, list_images
 
 
@@ -122,13 +122,8 @@ def load_mask(source: str | Path | bytes | Image.Image, is_prediction: bool = Fa
         image = image.convert("L")
     if image.mode == "L" and (is_prediction or image.getextrema()[1] > 1):
         return image
-    values = np.asarray(image)
-    largest = float(values.max())
     limits = (65535,) if is_prediction and image.mode.startswith("I") else (1, 255, 65535)
-    scale = next((limit for limit in limits if largest <= limit), None)
-    if scale is None or not values.min() >= 0:
-        raise ImageLoadError(f"Mask values from {values.min()} to {largest}: expected 0 to 1, 255 or 65535.")
-    return Image.fromarray(np.rint(values * (255.0 / scale)).astype(np.uint8))
+    return Image.fromarray(to_bytes(np.asarray(image), limits))
 
 
 def _open(source: str | Path | bytes | Image.Image) -> Image.Image:

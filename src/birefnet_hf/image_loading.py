@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
@@ -26,6 +26,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 logger = logging.getLogger(__name__)
 
+IMAGE_TYPES = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray  # and what has `read`
 ImageSource = str | os.PathLike[str] | bytes | io.IOBase | Image.Image | np.ndarray
 
 # What is looked for in folders. Whether a file can be read depends on Pillow; one that cannot is reported.
@@ -49,6 +50,11 @@ _FILTERING = threading.Lock()
 
 class ImageLoadError(ValueError):
     """An image cannot be read; the message names it and the reason."""
+
+    def __init__(self, message: str):
+        # Of a worker process PyTorch makes the whole traceback the message.
+        is_traceback = message.startswith("Caught ImageLoadError")
+        super().__init__(message.rpartition("ImageLoadError: ")[2].strip() if is_traceback else message)
 
 
 def is_url(source: str) -> bool:
@@ -84,9 +90,8 @@ def load_image(
         ImageLoadError: there is no such file or address, or it holds no whole image.
         TypeError: `source` is none of the above.
     """
-    known = str | os.PathLike | bytes | bytearray | memoryview | Image.Image | np.ndarray
     is_file = hasattr(source, "read") and not isinstance(source, io.TextIOBase | Image.Image)
-    if not isinstance(source, known) and not is_file:
+    if not isinstance(source, IMAGE_TYPES) and not is_file:
         raise TypeError(
             f"An image is given as path, URL, binary file, bytes, PIL image or array, not as {type(source).__name__}."
         )
@@ -101,18 +106,22 @@ def load_image(
         if isinstance(source, str) and urlsplit(source).scheme in ("http", "https"):
             name = source
             source = fetch(source, timeout=timeout, max_bytes=max_bytes, allow_private=allow_private)
-        elif isinstance(source, str) and source.startswith("data:"):
+        elif isinstance(source, str) and source[:5].lower() == "data:":
             name = source[:40] + "…"
             source = _decode_data_url(source, max_bytes)
         elif isinstance(source, str | os.PathLike):
-            name = os.fspath(source)
-            if not os.path.exists(name):
-                raise ImageLoadError(f"{name}: there is no such file.")
-            if os.path.isdir(name):
+            source = os.fspath(source)
+            name = source if len(source) <= 255 else f"{source[:40]}…"
+            if not os.path.exists(source):
+                hint = "" if name == source else " Base64 is given as a data URL: data:image/png;base64,…"
+                raise ImageLoadError(f"{name or 'An empty path'}: there is no such file.{hint}")
+            if os.path.isdir(source):
                 raise ImageLoadError(f"{name} is a folder; name an image in it.")
-            if os.path.getsize(name) == 0:
+            if os.path.getsize(source) == 0:
                 raise ImageLoadError(f"{name} is empty.")
         if isinstance(source, bytes | bytearray | memoryview):
+            if not source:
+                raise ImageLoadError("the image is empty (no bytes).")
             source = io.BytesIO(source)
         if isinstance(source, Image.Image):
             return _upright_rgb(source, max_pixels)
@@ -146,15 +155,27 @@ def _upright_rgb(image: Image.Image, max_pixels: int | None) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A PIL image as 8-bit RGB. Greys of more bits or in floating point are scaled; Pillow would clip them at 255."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float32)
-        if image.mode == "F":
-            values = values / (1 if values.max() <= 1 else 255)
-        else:  # of 32 bits it may as well be one of 8, as NumPy's integers make it
-            values = values / (255 if image.mode == "I" and values.max() <= 255 else 65535)
-        return _from_array(values.clip(0, 1))
-    return image.convert("RGB")
+    """A PIL image as 8-bit RGB. Greys of more bits or in floating point are scaled; Pillow would clip them at 255.
+
+    Raises:
+        ImageLoadError: their values are not those of an image.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(to_bytes(np.asarray(image), (65535,))).convert("RGB")
+    if image.mode in ("I", "F"):  # integers of 32 bits may hold 8 or 16, as NumPy's do
+        limits = (255, 65535) if image.mode == "I" else (1, 255, 65535)
+        return Image.fromarray(to_bytes(np.asarray(image), limits)).convert("RGB")
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGB")
+
+
+def to_bytes(values: np.ndarray, limits: Sequence[int]) -> np.ndarray:
+    """Numbers from 0 to the first of the limits that holds them all as uint8, 0 to 255; ImageLoadError where there is none."""
+    largest = float(values.max())
+    scale = next((limit for limit in limits if largest <= limit), None)
+    if scale is None or not values.min() >= 0:
+        expected = " or ".join(map(str, limits))
+        raise ImageLoadError(f"Values from {values.min():g} to {largest:g}: expected 0 to {expected}.")
+    return np.rint(values * (255.0 / scale)).astype(np.uint8)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -180,7 +201,11 @@ def _decode_data_url(url: str, max_bytes: int) -> bytes:
     if len(data) > 2 * max_bytes:
         raise ImageLoadError(f"the data URL is longer than the {max_bytes} bytes allowed.")
     try:
-        return base64.b64decode(data, validate=True) if header.endswith(";base64") else unquote_to_bytes(data)
+        contents = unquote_to_bytes(data)
+        if not header.lower().endswith(";base64"):
+            return contents
+        contents = b"".join(contents.split())  # as browsers do: broken into lines, and without padding
+        return base64.b64decode(contents + b"=" * (-len(contents) % 4), validate=True)
     except binascii.Error as error:
         raise ImageLoadError(f"{url[:40]}… is not valid base64: {error}.") from error
 

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -129,8 +130,9 @@ class BiRefNetOnnxForImageSegmentation:
     device = torch.device("cpu")
     dtype = torch.float32
 
-    def __init__(self, session: _Session, config: BiRefNetConfig, name_or_path: str):
-        self._session = session
+    def __init__(self, open_session: Callable[[], _Session], config: BiRefNetConfig, name_or_path: str):
+        self._open_session = open_session
+        self._session = open_session()
         self.config = config
         self.name_or_path = name_or_path
 
@@ -179,10 +181,17 @@ class BiRefNetOnnxForImageSegmentation:
         else:
             path = cached_file(name, file_name, **hub_options)
         if runtime == "openvino":
-            session = _open_with_openvino(path, num_threads)
+            open_session = partial(_open_with_openvino, path, num_threads)
         else:
-            session = _open_with_onnxruntime(path, providers, num_threads)
-        return cls(session, config, name)
+            open_session = partial(_open_with_onnxruntime, path, providers, num_threads)
+        return cls(open_session, config, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the session, which belongs to its process: copies and other processes open the file again."""
+        return {name: value for name, value in vars(self).items() if name != "_session"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _session=state["_open_session"]())
 
     @property
     def input_shape(self) -> tuple[int | None, ...]:

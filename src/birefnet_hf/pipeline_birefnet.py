@@ -1,11 +1,10 @@
 """Background removal as a pipeline: any image in; soft mask, cut-out or composite out, at the image's own size."""
 
 import difflib
-import io
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -18,7 +17,7 @@ from transformers.utils import logging
 
 from .checkpoints_birefnet import list_aliases, resolve_checkpoint
 from .foreground import composite, parse_background, refine_foreground, to_uint8
-from .image_loading import load_image
+from .image_loading import IMAGE_TYPES, load_image
 from .image_processing_birefnet import BiRefNetImageProcessor
 from .modeling_birefnet import BiRefNetForImageSegmentation, BiRefNetImageSegmentationOutput
 from .onnx_birefnet import ONNX_FILE_NAMES, BiRefNetOnnxForImageSegmentation
@@ -27,6 +26,8 @@ from .onnx_birefnet import ONNX_FILE_NAMES, BiRefNetOnnxForImageSegmentation
 logger = logging.get_logger(__name__)
 
 OutputType = Literal["mask", "cutout", "composite"]
+# What the base class takes as it is, and what it refuses.
+_NOT_STREAMED = list | Dataset | IMAGE_TYPES | Mapping | torch.Tensor
 Size = int | tuple[int, int] | dict[str, int]
 Background = torch.Tensor | Literal["blur"]
 
@@ -113,10 +114,9 @@ class BackgroundRemovalPipeline(Pipeline):
         """
         if isinstance(inputs, tuple):
             inputs = list(inputs)
-        elif isinstance(inputs, Iterator | Sequence) and not isinstance(
-            inputs, list | str | bytes | bytearray | memoryview | io.IOBase | Dataset
-        ):
-            inputs = _Stream(iter(inputs))
+        elif isinstance(inputs, Iterable) and not isinstance(inputs, _NOT_STREAMED):
+            if not hasattr(inputs, "read"):
+                inputs = _Stream(iter(inputs))
         if isinstance(inputs, list) and not inputs:
             return []
         return super().__call__(inputs, **kwargs)
@@ -131,6 +131,10 @@ class BackgroundRemovalPipeline(Pipeline):
         threshold: float | None = None,
     ) -> tuple[dict, dict, dict]:
         _check_threshold(threshold or 0.0)
+        if not (
+            size is None or isinstance(size, int | Mapping) or (isinstance(size, list | tuple) and len(size) == 2)
+        ):
+            raise ValueError(f"size={size!r} must be (height, width) or one side.")
         if output_type is not None and output_type not in get_args(OutputType):
             raise ValueError(f"output_type={output_type!r} is unknown; choose one of {list(get_args(OutputType))}.")
         if background is not None:
@@ -438,9 +442,18 @@ def load_pipeline(
             model = BiRefNetOnnxForImageSegmentation.from_pretrained(name, **hub_options)
         else:
             model = BiRefNetForImageSegmentation.from_pretrained(name, dtype=dtype, **hub_options, **settings)
+    if isinstance(model, BiRefNetOnnxForImageSegmentation) and task == "image-segmentation":
+        pipeline_classes[task] = _ExportedImageSegmentationPipeline
     return pipeline_classes[task](
         model=model.eval(), image_processor=image_processor, device=device, task=task, **pipeline_options
     )
+
+
+class _ExportedImageSegmentationPipeline(ImageSegmentationPipeline):
+    """The stock pipeline, which would log that it knows nothing of exported models."""
+
+    def check_model_type(self, supported_models: Any) -> None:
+        pass
 
 
 def _is_exported(name: str) -> bool:
