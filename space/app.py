@@ -52,7 +52,7 @@ from birefnet_hf.checkpoints_birefnet import CHECKPOINTS, Checkpoint, get_checkp
 from birefnet_hf.foreground import parse_background  # noqa: E402
 from birefnet_hf.image_loading import is_url, load_image, save_image  # noqa: E402
 from birefnet_hf.pipeline_birefnet import render_picture  # noqa: E402
-from birefnet_hf.video import VideoError, cut_out_video, probe_video  # noqa: E402
+from birefnet_hf.video import VideoError, iterate_video, probe_video  # noqa: E402
 
 
 logger = logging.getLogger(__name__)
@@ -377,7 +377,7 @@ def cut_out_batch(
     mask_only: bool = False,
     threshold: float = 0.0,
     progress: gr.Progress = gr.Progress(),  # noqa: B008 Gradio finds it by this default
-) -> tuple[list[tuple[str, str]], str | None, str]:
+) -> Iterator[tuple[Any, Any, str]]:
     """Removes or replaces the background of many photos. One that cannot be read does not stop the others.
 
     Args:
@@ -392,7 +392,8 @@ def cut_out_batch(
         threshold: 0 keeps edges soft; above, masks are split at this value.
 
     Returns:
-        The results with their names; all of them as a ZIP of PNG files; a report that names every failure.
+        The results with their names; all of them as a ZIP of PNG files; a report that names every failure. Before, how
+        far it is, as for videos.
     """
     if not files:
         raise gr.Error("Choose some photos first.")
@@ -405,7 +406,7 @@ def cut_out_batch(
     results, failures = [], []
     for index, (file, target) in enumerate(zip(files, _unique_names(files), strict=True)):
         title = Path(file).name
-        progress((index, len(files)), desc=title, unit="photos")
+        yield gr.skip(), gr.skip(), f"{index} of {len(files)} photos…"
         try:
             result, _ = compute(read_photo(file), options)
         except gr.Error as error:
@@ -415,7 +416,7 @@ def cut_out_batch(
         results.append((str(folder / target), target))
     archive = _zip(folder, [target for _, target in results]) if results else None
     report = "\n".join([f"{len(results)} done, {len(failures)} failed.", *failures, "", notice]).strip()
-    return results, archive, report
+    yield results, archive, report
 
 
 def shown_stem(file: str) -> str:
@@ -450,11 +451,11 @@ def clip_seconds(video: str, *_: Any) -> int:
 
 
 @GPU(duration=clip_seconds)
-def compute_clip(video: str, target: str, options: Options, smoothing: float, progress: gr.Progress) -> None:
-    """Writes the result for one video. Like `compute`, it raises gr.Error alone."""
+def compute_clip(video: str, target: str, options: Options, smoothing: float) -> Iterator[tuple[int, int]]:
+    """Writes the result for one video; yields frames done and their number. Like `compute`, it raises gr.Error alone."""
     try:
         with memory_explained():
-            cut_out_video(
+            yield from iterate_video(
                 video,
                 target,
                 MODELS.get(options.model),
@@ -466,7 +467,6 @@ def compute_clip(video: str, target: str, options: Options, smoothing: float, pr
                 threshold=options.threshold,
                 max_seconds=MAX_SECONDS,
                 max_pixels=MAX_FRAME_PIXELS,
-                progress=lambda done, total: progress((done, total or None), unit="frames"),
             )
     except (VideoError, ValueError) as error:
         raise gr.Error(str(error)) from error
@@ -485,7 +485,7 @@ def cut_out_clip(
     mask_only: bool = False,
     threshold: float = 0.0,
     progress: gr.Progress = gr.Progress(),  # noqa: B008 Gradio finds it by this default
-) -> tuple[str | None, str, str]:
+) -> Iterator[tuple[Any, Any, str]]:
     """Removes or replaces the background of a video; its sound is kept.
 
     Args:
@@ -502,7 +502,8 @@ def cut_out_clip(
         threshold: 0 keeps edges soft; above, masks are split at this value.
 
     Returns:
-        The video to look at (none for ProRes, which browsers do not play); the file; a notice, mostly empty.
+        The video to look at (none for ProRes, which browsers do not play); the file; a notice, mostly empty. Before, how
+        far it is: Gradio stops asking for more where the visitor has left, so that others need not wait.
     """
     if not video:
         raise gr.Error("Choose a video first.")
@@ -519,8 +520,9 @@ def cut_out_clip(
         raise gr.Error(str(error)) from error
     name, notice = prepare_model(options.model, progress)
     target = request_folder() / f"{shown_stem(video)}_cutout{suffix}"
-    compute_clip(video, str(target), replace(options, model=name), smoothing, progress)
-    return (None if suffix == ".mov" else str(target)), str(target), notice
+    for done, total in compute_clip(video, str(target), replace(options, model=name), smoothing):
+        yield gr.skip(), gr.skip(), f"{done} of {total} frames…" if total else f"{done} frames…"
+    yield (None if suffix == ".mov" else str(target)), str(target), notice
 
 
 CSS = """
@@ -574,6 +576,11 @@ def run_settings(result: gr.components.Component) -> dict[str, Any]:
     }
 
 
+def let_stop(button: gr.Button, runs: list[Any], notice: gr.Markdown) -> None:
+    """Has the button end the runs after the picture that they are at, and say so in the notice."""
+    button.click(lambda: "Stopped.", None, notice, cancels=runs, queue=False, api_visibility="private")
+
+
 def image_tab() -> None:
     with gr.Row():
         with gr.Column():
@@ -624,7 +631,9 @@ def batch_tab() -> None:
         with gr.Column():
             files = gr.File(file_count="multiple", type="filepath", label="Photos", elem_id="batch-input", height=200)
             examples = gr.Examples([[EXAMPLE_PHOTOS]], files, label="or try these")
-            start = gr.Button("Remove backgrounds", variant="primary", elem_id="start-batch")
+            with gr.Row():
+                start = gr.Button("Remove backgrounds", variant="primary", elem_id="start-batch")
+                stop = gr.Button("Stop", elem_id="stop-batch")
             controls = option_controls()
         with gr.Column():
             gallery = gr.Gallery(
@@ -639,8 +648,11 @@ def batch_tab() -> None:
             archive = gr.File(label="Download ZIP", elem_id="batch-file", elem_classes="result-file")
     inputs, outputs = [files, *controls], [gallery, archive, report]
     shared = run_settings(gallery)
-    start.click(cut_out_batch, inputs, outputs, api_name="cut_out_batch", **shared)
-    examples.load_input_event.then(cut_out_batch, inputs, outputs, api_visibility="private", **shared)
+    runs = [
+        start.click(cut_out_batch, inputs, outputs, api_name="cut_out_batch", **shared),
+        examples.load_input_event.then(cut_out_batch, inputs, outputs, api_visibility="private", **shared),
+    ]
+    let_stop(stop, runs, report)
 
 
 def video_tab() -> None:
@@ -651,7 +663,9 @@ def video_tab() -> None:
             )
             examples = gr.Examples([EXAMPLE_VIDEO], video, label="or try this one")
             video_format = gr.Dropdown(list(VIDEO_FORMATS), value="WebM, transparent", label="Result")
-            start = gr.Button("Remove background", variant="primary", elem_id="start-video")
+            with gr.Row():
+                start = gr.Button("Remove background", variant="primary", elem_id="start-video")
+                stop = gr.Button("Stop", elem_id="stop-video")
             smoothing = gr.Slider(0, 0.9, 0, step=0.1, label="Smoothing over time", info="Calms flicker.")
             controls = option_controls()
         with gr.Column():
@@ -660,8 +674,11 @@ def video_tab() -> None:
             download = gr.File(label="Download", elem_id="video-file", elem_classes="result-file")
     inputs, outputs = [video, video_format, smoothing, *controls], [result, download, notice]
     shared = run_settings(result)
-    start.click(cut_out_clip, inputs, outputs, api_name="cut_out_video", **shared)
-    examples.load_input_event.then(cut_out_clip, inputs, outputs, api_visibility="private", **shared)
+    runs = [
+        start.click(cut_out_clip, inputs, outputs, api_name="cut_out_video", **shared),
+        examples.load_input_event.then(cut_out_clip, inputs, outputs, api_visibility="private", **shared),
+    ]
+    let_stop(stop, runs, notice)
 
 
 def build_app() -> gr.Blocks:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import importlib.util
+import inspect
 import os
 import pickle
 import re
@@ -14,7 +15,7 @@ import sys
 import time
 import tomllib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -234,19 +235,20 @@ def test_gpu_functions_load_nothing_and_travel_between_processes(tiny_model_dir,
         if function is None:
             return lambda decorated: GPU(decorated, **options)
 
-        def run(*arguments: object) -> object:
+        def run_all(*arguments: object) -> Iterator[object]:
             assert not callable(options.get("duration")) or options["duration"](*arguments) > 0
             inside.append(function.__name__)
             try:
                 result = function(*pickle.loads(pickle.dumps(arguments)))
+                for item in result if inspect.isgeneratorfunction(function) else [result]:
+                    yield pickle.loads(pickle.dumps(item))
             except Exception as error:
                 assert isinstance(error, gr.Error)
                 raise pickle.loads(pickle.dumps(error)) from None
             finally:
                 inside.append("")
-            return pickle.loads(pickle.dumps(result))
 
-        return run
+        return run_all if inspect.isgeneratorfunction(function) else lambda *arguments: [*run_all(*arguments)][0]
 
     stand_in.GPU = GPU
     monkeypatch.setitem(sys.modules, "spaces", stand_in)
@@ -260,15 +262,15 @@ def test_gpu_functions_load_nothing_and_travel_between_processes(tiny_model_dir,
 
     app.MODELS.load = load
     app.cut_out_image(str(photo), background="Blur")
-    app.cut_out_batch([str(photo)])
+    list(app.cut_out_batch([str(photo)]))
     clip = write_video(tmp_path / "clip.mp4", num_frames=2)
-    app.cut_out_clip(str(clip))
+    list(app.cut_out_clip(str(clip)))
     assert [name for name in inside if name] == ["compute", "compute", "compute_clip"]
     assert loaded == [str(tiny_model_dir)]
     monkeypatch.setattr(app, "MAX_SECONDS", 60)
     clip.write_bytes(clip.read_bytes()[:700])
     with pytest.raises(gr.Error):
-        app.cut_out_clip(str(clip))
+        list(app.cut_out_clip(str(clip)))
 
 
 def test_batch_reports_the_broken_file_and_zips_the_others(client, photo, tmp_path):
@@ -430,11 +432,11 @@ def test_running_out_of_memory_is_a_message_and_stops_nothing_else(app, photo, t
 
     pipe = Full()
     monkeypatch.setattr(app.MODELS, "get", lambda name: pipe)
-    results, archive, report = app.cut_out_batch([str(photo), str(photo)])
+    *_, (results, archive, report) = app.cut_out_batch([str(photo), str(photo)])
     assert len(results) == 1 and "1 done, 1 failed." in report
     assert "not enough memory" in report
     with pytest.raises(gr.Error, match="not enough memory"):
-        app.cut_out_clip(str(write_video(tmp_path / "clip.mp4", num_frames=2)))
+        list(app.cut_out_clip(str(write_video(tmp_path / "clip.mp4", num_frames=2))))
 
 
 def test_hidden_names_and_files_that_are_gone(client, photo, tmp_path, app):

@@ -254,3 +254,38 @@ def test_a_phone_shows_everything_and_a_bad_address_a_message(browser, url, sche
     page.get_by_placeholder("https://").fill("http://127.0.0.1/a.png")
     page.locator("#start-image").click()
     toast(page, "not public")
+
+
+def test_who_stops_or_leaves_ends_the_video(visitors, url, app, tmp_path, monkeypatch):
+    """Others wait for the model meanwhile."""
+    real, ended = app.iterate_video, []
+
+    def slowly(*arguments, **options):
+        done, target = 0, Path(arguments[1])
+        try:
+            for done, total in real(*arguments, **options):
+                time.sleep(0.1)
+                yield done, total
+        finally:
+            ended.append((done, target))
+
+    monkeypatch.setattr(app, "iterate_video", slowly)
+    clip = write_video(tmp_path / "clip.mp4", num_frames=200)
+    for number, leave in enumerate(("stop", "close"), start=1):
+        page = open_page(visitors, url, "Video")
+        upload(page, "#video", clip)
+        page.locator("#start-video").click()
+        page.locator("#video-notice").get_by_text("of 200 frames").wait_for()
+        if leave == "stop":
+            page.locator("#stop-video").click()
+            page.locator("#video-notice").get_by_text("Stopped.").wait_for()
+        else:
+            page.close()
+        give_up = time.monotonic() + 30
+        while len(ended) < number:
+            assert time.monotonic() < give_up, leave
+            time.sleep(0.1)
+    assert all(0 < done < 200 and not list(target.parent.glob("*.webm")) for done, target in ended)
+    page = open_page(visitors, url)
+    upload(page, "#photo", make_photo(tmp_path / "p.png"))
+    page.locator("#image-file a[download]").wait_for()

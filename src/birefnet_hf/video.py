@@ -168,6 +168,47 @@ def cut_out_video(
         OSError: `target` cannot be written.
         ValueError: arguments that contradict each other, or `target` is the source.
     """
+    steps = iterate_video(
+        source,
+        target,
+        pipe,
+        background=background,
+        refine=refine,
+        mask_only=mask_only,
+        smoothing=smoothing,
+        size=size,
+        threshold=threshold,
+        max_seconds=max_seconds,
+        max_pixels=max_pixels,
+    )
+    with contextlib.closing(steps):
+        for done, total in steps:
+            if progress is not None:
+                progress(done, total)
+    return Path(target)
+
+
+def iterate_video(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    pipe: "BackgroundRemovalPipeline",
+    *,
+    background: Any = None,
+    refine: bool = True,
+    mask_only: bool = False,
+    smoothing: float = 0.0,
+    size: Any = None,
+    threshold: float = 0.0,
+    max_seconds: float | None = None,
+    max_pixels: int | None = None,
+) -> Iterator[tuple[int, int]]:
+    """As `cut_out_video`, one frame each time that the iterator is asked for more.
+
+    Who stops asking and closes the iterator, or lets go of it, ends the work; then there is no target.
+
+    Yields:
+        The number of frames done and the estimated number of all (0: unknown). The target is there after the last.
+    """
     import av
 
     target = Path(target)
@@ -211,7 +252,7 @@ def cut_out_video(
         frame_size = _frame_size(source, max_pixels)
         with _open(source, max_pixels) as reader:
             with _writing(target), av.open(_file_url(temporary), "w") as writer:
-                _transcode(reader, writer, encoding, render, frame_size, info, max_seconds, progress)
+                yield from _transcode(reader, writer, encoding, render, frame_size, info, max_seconds)
         os.replace(temporary, target)
     except _ReadError as error:
         raise VideoError(f"{Path(source).name} cannot be read to its end: {error}.") from error
@@ -219,7 +260,6 @@ def cut_out_video(
         raise VideoError(f"{Path(source).name} cannot be read to its end: {error.strerror}.") from error
     finally:
         temporary.unlink(missing_ok=True)
-    return target
 
 
 class _ReadError(Exception):
@@ -245,9 +285,8 @@ def _transcode(
     frame_size: tuple[int, int],
     info: VideoInfo,
     max_seconds: float | None,
-    progress: Progress | None,
-) -> None:
-    """Sends every frame through `render` and sound through its encoder, in the file's order."""
+) -> Iterator[tuple[int, int]]:
+    """Sends every frame through `render` and sound through its encoder, in the file's order. Yields what is done of all."""
     import av
 
     video = reader.streams.video[0]
@@ -304,8 +343,7 @@ def _transcode(
             encoded.duration = frame.duration
         writer.mux(picture.encode(encoded))
         count, last_pts = count + 1, pts
-        if progress is not None:
-            progress(count, max(info.num_frames, count) if info.num_frames else 0)
+        yield count, max(info.num_frames, count) if info.num_frames else 0
     if count:
         writer.mux(picture.encode(None))
         if sound is not None:
