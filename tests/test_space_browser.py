@@ -109,7 +109,7 @@ def test_an_example_runs_in_one_click_with_the_options(visitors, url, tmp_path):
     page = open_page(visitors, url)
     page.get_by_role("button", name="Options").first.click()
     page.get_by_label("Mask only").first.check()
-    page.locator("button.gallery-item, .gallery button").first.click()
+    page.get_by_role("button", name="Example: lemur").first.click()
     with Image.open(download(page, "#image-file", tmp_path / "mask.png")) as result:
         assert result.mode == "L"
     # Behind the cut-out lies a checkerboard, not the page.
@@ -117,21 +117,32 @@ def test_an_example_runs_in_one_click_with_the_options(visitors, url, tmp_path):
     assert "conic-gradient" in behind
 
 
-def test_a_photo_is_pasted(visitors, url, tmp_path):
+def test_photos_are_pasted(visitors, url, tmp_path):
+    """By the field's own button, and by the keyboard wherever the cursor is, also where another photo lies."""
     page = open_page(visitors, url)
-    photo = make_photo(tmp_path / "p.png")
-    page.evaluate(
-        """async bytes => {
-            const blob = new Blob([new Uint8Array(bytes)], {type: "image/png"});
-            await navigator.clipboard.write([new ClipboardItem({"image/png": blob})]);
-        }""",
-        list(photo.read_bytes()),
-    )
-    page.locator("#photo").get_by_role("button", name="Paste from clipboard").click()
-    page.locator("#photo img").wait_for()
-    page.locator("#start-image").click()
+    for width in (60, 90, 70):
+        page.evaluate(
+            """async bytes => {
+                const blob = new Blob([new Uint8Array(bytes)], {type: "image/png"});
+                await navigator.clipboard.write([new ClipboardItem({"image/png": blob})]);
+            }""",
+            list(make_photo(tmp_path / "p.png", width).read_bytes()),
+        )
+        if width == 60:
+            page.locator("#photo").get_by_role("button", name="Paste from clipboard").click()
+        else:
+            page.keyboard.press("Control+V")
+        page.wait_for_function(f"document.querySelector('#photo img')?.naturalWidth == {width}")
+        if width == 60:
+            page.locator("#start-image").click()
+        page.wait_for_function(f"document.querySelector('#slider img')?.naturalWidth == {width}")
     with Image.open(download(page, "#image-file", tmp_path / "out.png")) as result:
-        assert result.size == (60, 40)
+        assert result.size == (70, 40)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    page.locator("#photo").get_by_role("button", name="Remove Image").click()
+    upload(page, "#photo", tmp_path / "broken.png")
+    toast(page, "no image")
+    assert page.locator("#image-file a[download]").count() == 0  # of the photo before
 
 
 def test_photos_and_addresses_exclude_each_other(visitors, url, tmp_path):
@@ -272,8 +283,7 @@ def test_who_stops_or_leaves_ends_the_video(visitors, url, app, tmp_path, monkey
     monkeypatch.setattr(app, "iterate_video", slowly)
     clip = write_video(tmp_path / "clip.mp4", num_frames=200)
     for number, leave in enumerate(("stop", "close"), start=1):
-        page = open_page(visitors, url, "Video")
-        upload(page, "#video", clip)
+        page = open_video(visitors, url, clip)
         page.locator("#start-video").click()
         page.locator("#video-notice").get_by_text("of 200 frames").wait_for()
         if leave == "stop":

@@ -59,7 +59,7 @@ class ImageLoadError(ValueError):
 
 def is_url(source: str) -> bool:
     """Whether a name stands for something on the web, where it might as well be a file's."""
-    return source.startswith(("http://", "https://"))
+    return source[:8].lower().startswith(("http://", "https://"))
 
 
 def load_image(
