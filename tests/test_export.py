@@ -3,6 +3,7 @@
 import copy
 import pickle
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -148,6 +149,24 @@ def test_exported_pipelines_are_copied_and_sent_to_other_processes(exported_dir,
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     for copied in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
         assert np.array_equal(np.asarray(copied(image)), np.asarray(pipe(image)))
+
+
+def test_openvino_leaves_signals_alone(exported_dir):
+    """It did not on processors with AMX, where the first of two networks went before the second."""
+    pytest.importorskip("openvino")
+    program = f"""
+import os, signal
+from birefnet_hf.onnx_birefnet import BiRefNetOnnxForImageSegmentation
+first, second = (
+    BiRefNetOnnxForImageSegmentation.from_pretrained({str(exported_dir)!r}, runtime="openvino") for _ in range(2)
+)
+del first
+del second
+signal.signal(signal.SIGUSR1, lambda *_: print("arrived"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0 and result.stdout == "arrived\n", result
 
 
 def test_stock_pipeline_of_an_exported_model_is_no_matter_of_concern(exported_dir, caplog):

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -77,18 +77,32 @@ def _convert_deform_conv(node: Any) -> list[Any]:
     return operation.outputs()
 
 
+@cache
+def _openvino_core() -> Any:
+    """OpenVINO, once for the process and to its end.
+
+    On processors with AMX each core (2026.4) gives its thread a stack for signal handlers, and takes it back when it goes: of several
+    that do not go in reverse order the thread keeps one that is gone, and the next signal is the process's end.
+    """
+    import openvino
+    from openvino.frontend.onnx import ConversionExtension
+
+    core = openvino.Core()
+    core.add_extension(ConversionExtension("DeformConv", _convert_deform_conv))
+    return core
+
+
 def _open_with_openvino(path: str, num_threads: int | None) -> _Session:
     try:
         import openvino
-        from openvino.frontend.onnx import ConversionExtension
+
+        core = _openvino_core()
     except ImportError as error:
         raise ImportError('runtime="openvino" needs OpenVINO: pip install "birefnet-hf[openvino]".') from error
     # It would choose half precision on processors that are fast at it.
     settings = {"INFERENCE_PRECISION_HINT": "f32"}
     if num_threads is not None:
         settings["INFERENCE_NUM_THREADS"] = num_threads
-    core = openvino.Core()
-    core.add_extension(ConversionExtension("DeformConv", _convert_deform_conv))
     try:
         compiled = core.compile_model(core.read_model(path), "CPU", settings)
     except RuntimeError as error:
