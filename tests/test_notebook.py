@@ -55,7 +55,7 @@ def test_cutouts(results):
     assert results["is_soft"]
     assert results["alpha_within"] > results["alpha_outside"] + 0.1
     assert results["changed_by_background"] > 5
-    assert results["batch"] == [[451, 300], [600, 400]]
+    assert results["batch"] == [[1024, 800], [600, 400]]
 
 
 def test_refinement_takes_the_dark_leaves_out_of_the_fur(results):
