@@ -537,15 +537,7 @@ def set_up(arguments: argparse.Namespace, accelerator: Accelerator) -> Run:
         TrainingError: about a checkpoint to resume from.
     """
     set_seed(arguments.seed)
-    for name in (
-        "data",
-        "masks",
-        "more_cutouts",
-        "validation_data",
-        "validation_masks",
-        "backgrounds",
-        "model",
-    ):
+    for name in ("data", "masks", "more_cutouts", "validation_data", "validation_masks", "backgrounds", "model"):
         given = getattr(arguments, name)
         if name == "model" and given:
             given = resolve_checkpoint(given)  # "lite" is not the folder of that name, unless it holds a model
@@ -567,11 +559,8 @@ def set_up(arguments: argparse.Namespace, accelerator: Accelerator) -> Run:
         HfApi().create_repo(arguments.push_to_hub, exist_ok=True)  # a missing login is noticed now
     try:
         model, processor = load_model(arguments)
-    except (
-        StrictDataclassError,
-        TypeError,
-        RuntimeError,
-    ) as error:  # of settings that no network has, or not this one
+    except (StrictDataclassError, TypeError, RuntimeError) as error:
+        # Of settings that no network has, or not this one.
         raise ValueError(f"The network cannot be built: {error}") from error
     task = model.config.loss_task
     model = adapt_model(model, arguments, accelerator)

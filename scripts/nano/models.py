@@ -49,9 +49,8 @@ def convert_collada(path: Path, folder: Path) -> Path:
     import trimesh
 
     text = path.read_text(encoding="utf-8")
-    for name in re.findall(
-        r"<init_from>([^<]*/[^</]+)</init_from>", text
-    ):  # trimesh finds textures beside the file alone
+    # Textures elsewhere: trimesh finds those beside the file alone.
+    for name in re.findall(r"<init_from>([^<]*/[^</]+)</init_from>", text):
         shutil.copy(path.parent / name, folder)
         text = text.replace(name, name.rsplit("/", 1)[1])
     (folder / "model.dae").write_text(text, encoding="utf-8")

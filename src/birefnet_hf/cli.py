@@ -24,7 +24,7 @@ import typer
 from tqdm import tqdm
 
 from .checkpoints_birefnet import CHECKPOINTS
-from .image_loading import IMAGE_SUFFIXES, is_url
+from .image_loading import IMAGE_SUFFIXES, is_url, load_image, save_image
 
 
 if TYPE_CHECKING:
@@ -247,15 +247,11 @@ def prepare_folder(folder: Path) -> None:
 
 def read_image(source: str) -> "Image.Image":
     """The image of a path, a URL or standard input."""
-    from .image_loading import load_image
-
     return load_image(sys.stdin.buffer.read() if source == STREAM else source)
 
 
 def write_image(image: "Image.Image", target: Path, stream_format: OutputFormat = OutputFormat.PNG) -> None:
     """Writes an image to a file, which appears whole or not at all, or to standard output."""
-    from .image_loading import save_image
-
     if str(target) != STREAM:
         return save_image(image, target)
     with tempfile.TemporaryDirectory() as folder:

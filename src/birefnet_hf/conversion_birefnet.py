@@ -396,10 +396,8 @@ def _infer_backbone(shapes: Shapes, source: str) -> dict[str, Any]:
         name = "resnet50" if count_blocks(r"bb\.conv([234])\.(\d+)\.") == (4, 6, 3) else None
     elif shapes.get("bb.conv1.0.weight") == (64, 3, 3, 3):
         name = "vgg16bn" if "bb.conv1.1.running_mean" in shapes else "vgg16"
-    elif (
-        sum(name.endswith(".conv_dw.weight") for name in shapes) == 16
-    ):  # of the lite ones, only this has so few blocks
-        name = "tf_efficientnet_lite0"
+    elif sum(name.endswith(".conv_dw.weight") for name in shapes) == 16:
+        name = "tf_efficientnet_lite0"  # of the lite ones, only this has so few blocks
     if name is None:
         names = sorted(name for name in shapes if name.startswith("bb."))
         raise ValueError(

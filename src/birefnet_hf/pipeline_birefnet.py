@@ -114,9 +114,8 @@ class BackgroundRemovalPipeline(Pipeline):
         """
         if isinstance(inputs, tuple):
             inputs = list(inputs)
-        elif isinstance(inputs, Iterable) and not isinstance(inputs, _NOT_STREAMED):
-            if not hasattr(inputs, "read"):
-                inputs = _Stream(iter(inputs))
+        elif isinstance(inputs, Iterable) and not (isinstance(inputs, _NOT_STREAMED) or hasattr(inputs, "read")):
+            inputs = _Stream(iter(inputs))
         if isinstance(inputs, list) and not inputs:
             return []
         return super().__call__(inputs, **kwargs)
