@@ -260,8 +260,9 @@ def test_what_is_watched_or_changed_is_not_fused(efficientnet):
         assert efficientnet.is_fusable(image) and not efficientnet.is_fusable(image.double())
 
 
-def test_pvt_says_which_images_are_too_small():
-    network = build_timm_backbone(BiRefNetConfig(backbone="pvt_v2_b0"))
+@pytest.mark.parametrize("backbone", ["pvt_v2_b0", "vgg16"])
+def test_images_that_are_too_small_are_named(backbone):
+    network = build_timm_backbone(BiRefNetConfig(backbone=backbone))
     with pytest.raises(ValueError, match=r"\(16, 48\) pixels .* at least 64"):
         network(torch.zeros(1, 3, 16, 48))
 

@@ -180,3 +180,9 @@ def test_overrides_are_validated_together():
     # Arguments of the library's own are still its own.
     config, unused = BiRefNetConfig.from_dict(stored, return_unused_kwargs=True, context_levels=1, revision="main")
     assert config.context_levels == 1 and unused == {"revision": "main"}
+
+
+def test_stochastic_depth_is_the_references():
+    """PVTv2's is half of Swin's; whole numbers do for floats."""
+    assert [BiRefNetConfig(backbone=name).drop_path_rate for name in ("swin_v1_t", "pvt_v2_b2")] == [0.2, 0.1]
+    assert BiRefNetConfig(backbone="pvt_v2_b2", drop_path_rate=0, attention_block_dropout=0).drop_path_rate == 0

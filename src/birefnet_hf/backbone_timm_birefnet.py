@@ -172,6 +172,7 @@ class BiRefNetConvBackbone(nn.Module):
             self.stages = nn.ModuleList(
                 model.features[start:end] for start, end in zip(starts, pools[1:], strict=True)
             )
+        self.min_side = 32 if config.backbone.startswith("vgg") else 1
         # What `run_fused` knows. Adapters and quantised layers, which may come later, are called.
         is_known = config.backbone == "tf_efficientnet_lite0"
         self.fusable_kinds = {type(module) for module in self.stages.modules()} if is_known else set()
@@ -193,7 +194,16 @@ class BiRefNetConvBackbone(nn.Module):
         return super()._apply(apply, recurse)
 
     def forward(self, pixel_values: torch.Tensor, **kwargs) -> list[torch.Tensor]:
-        """(B, 3, H, W) → four maps (B, C_i, H/4.., W/4..), fine to coarse."""
+        """(B, 3, H, W) → four maps (B, C_i, H/4.., W/4..), fine to coarse.
+
+        Raises:
+            ValueError: a side is too small for VGG's five poolings.
+        """
+        if self.min_side > min(pixel_values.shape[-2:]):
+            raise ValueError(
+                f"VGG got an image of {tuple(pixel_values.shape[-2:])} pixels and needs {self.min_side} at least: give the "
+                "network images of at least 64, since it sees them at half size as well."
+            )
         is_fusable = self.is_fusable(pixel_values)
         feature_maps = [pixel_values]
         for stage in self.stages:
@@ -233,11 +243,14 @@ def build_timm_backbone(config: BiRefNetConfig) -> nn.Module:
     Raises:
         ImportError: timm is not installed.
     """
-    if config.backbone.startswith("pvt_v2"):
-        return BiRefNetPvtBackbone(config)
     if config.backbone.startswith("dino_v3"):
         return BiRefNetDinoV3Backbone(config)
-    return BiRefNetConvBackbone(config)
+    is_pvt = config.backbone.startswith("pvt_v2")
+    backbone = BiRefNetPvtBackbone(config) if is_pvt else BiRefNetConvBackbone(config)
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):
+            module.starts_by_fan_out = True  # see `_init_weights`
+    return backbone
 
 
 __all__ = ["build_timm_backbone"]

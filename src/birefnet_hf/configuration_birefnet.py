@@ -60,8 +60,9 @@ class BiRefNetConfig(PreTrainedConfig):
         Attention heads in each of Swin's four stages. Needed for `backbone="swin"` only.
     window_size (`int`, *optional*):
         Side of Swin's attention windows, in tokens. Needed for `backbone="swin"` only.
-    drop_path_rate (`float`, *optional*, defaults to 0.2):
-        Stochastic depth of the last block of Swin and PVTv2 in training; it grows linearly from 0.
+    drop_path_rate (`float`, *optional*):
+        Stochastic depth of the last block of Swin and PVTv2 in training; it grows linearly from 0. Left out: 0.1 for
+        PVTv2 and 0.2 for the rest, as upstream.
     freeze_backbone (`bool`, *optional*):
         Whether the backbone's parameters start with `requires_grad=False`. Left out: only for DINOv3, as upstream.
     multi_scale_input (`str`, *optional*, defaults to `"cat"`):
@@ -142,7 +143,7 @@ class BiRefNetConfig(PreTrainedConfig):
     depths: list[int] | tuple[int, ...] | None = None
     num_heads: list[int] | tuple[int, ...] | None = None
     window_size: int | None = None
-    drop_path_rate: float = 0.2
+    drop_path_rate: float | int | None = None
     freeze_backbone: bool | None = None
     multi_scale_input: Literal["none", "add", "cat"] = "cat"
     context_levels: Literal[0, 1, 2, 3] = 3
@@ -154,7 +155,7 @@ class BiRefNetConfig(PreTrainedConfig):
     adaptive_inner_channels: bool = False
     branch_channels: int = 256
     deformable_kernel_sizes: list[int] | tuple[int, ...] = (1, 3, 7)
-    attention_block_dropout: float = 0.5
+    attention_block_dropout: float | int = 0.5
     inward_reference: bool = True
     split_image_patches: bool = True
     patch_order: Literal["c_hg_wg", "wg_hg_c"] = "c_hg_wg"
@@ -167,7 +168,7 @@ class BiRefNetConfig(PreTrainedConfig):
     num_channels: int = 3
     image_size: list[int] | tuple[int, int] = (1024, 1024)
     loss_task: Literal["dis", "cod", "hrsod", "general", "matting"] = "dis"
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
         for name, value in SWIN_VARIANTS.get(self.backbone, {}).items():
@@ -176,6 +177,8 @@ class BiRefNetConfig(PreTrainedConfig):
         for name in ("depths", "num_heads", "deformable_kernel_sizes", "neck_channels", "image_size"):
             if getattr(self, name) is not None:
                 setattr(self, name, tuple(getattr(self, name)))  # JSON knows lists only
+        if self.drop_path_rate is None:
+            self.drop_path_rate = 0.1 if self.backbone.startswith("pvt_v2") else 0.2
         if self.freeze_backbone is None:
             self.freeze_backbone = self.backbone.startswith("dino_v3")
         if self.id2label is None:

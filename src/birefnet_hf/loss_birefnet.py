@@ -421,6 +421,7 @@ class BiRefNetLoss(nn.Module):
     masks give finite losses in both modes.
 
     Attributes:
+        task: The recipe that it was built for.
         weights: Dict of term name to weight. May be changed at any time, usually once per epoch:
             `criterion.weights = loss_weights("dis", epoch, num_epochs)`. Terms that are missing or 0 are not computed.
     """
@@ -438,6 +439,7 @@ class BiRefNetLoss(nn.Module):
             ValueError: If the task or a term's name is unknown.
         """
         super().__init__()
+        self.task = task
         self.weights = loss_weights(task) | dict(weights or {})
         self.reference = reference
         self._check_weights()

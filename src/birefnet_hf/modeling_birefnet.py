@@ -58,16 +58,18 @@ class BiRefNetImageSegmentationOutput(ModelOutput):
     logits (`torch.FloatTensor` of shape `(batch_size, 1, height, width)`):
         Foreground logits at the size of `pixel_values`; their sigmoid is the soft alpha.
     side_logits (`tuple(torch.FloatTensor)`, *optional*, in training mode with `multi_scale_supervision`):
-        Logits of the levels 4, 3, 2, each `(batch_size, 1, height / 32.., width / 32..)`.
+        Logits of the levels 4, 3, 2, each `(batch_size, 1, height / 32.., width / 32..)` of the padded image, whose
+        sides are multiples of 32.
     gradient_logits (`tuple(torch.FloatTensor)`, *optional*, in training mode with `outward_reference`):
         Predicted image gradients within the object at levels 4, 3, 2, before the sigmoid, at the levels' sizes.
     gradient_targets (`tuple(torch.FloatTensor)`, *optional*, in training mode with `outward_reference`):
-        What they should be, before the sigmoid, each `(batch_size, 1, height, width)`: the image's Laplacian times the
+        What they should be, before the sigmoid, each of the padded image's `(batch_size, 1, height, width)`: the image's Laplacian times the
         level's side output. Not detached, as in the reference.
     class_logits (`torch.FloatTensor` of shape `(batch_size, num_classes)`, *optional*, in training mode):
         Output of the auxiliary classification head, where the config has one.
     loss_terms (`dict[str, torch.FloatTensor]`, *optional*, returned when `labels` is given):
-        The loss's terms before weighting, detached, for logging.
+        The loss's terms times their weights, detached, for logging: those of the pixels averaged over the outputs,
+        "gradient" summed over the levels.
     hidden_states (`tuple(torch.FloatTensor)`, *optional*, with `output_hidden_states=True`):
         Nine feature maps `(batch_size, channels, height / stride, width / stride)`: the four of the encoder, fine to
         coarse, the squeezed one, and the outputs of the decoder levels, coarse to fine.
@@ -652,9 +654,14 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initial values: Swin's own for its linear layers and tables, PyTorch's for convolutions, as upstream."""
+        """Initial values, as upstream: Swin's own for its linear layers and tables, PyTorch's for convolutions, and for
+        those of timm's convolutional backbones and PVTv2 the ones of their papers (normal, by fan-out)."""
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif getattr(module, "starts_by_fan_out", False):
+            init.normal_(module.weight, std=math.sqrt(2 * module.groups / module.weight[:, 0].numel()))
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, (nn.Conv2d, BiRefNetModulatedConv2d)):
@@ -712,6 +719,8 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             **kwargs,
         )
+        if model.config.freeze_backbone and not getattr(model, "_hf_peft_config_loaded", False):
+            model.backbone.requires_grad_(False)  # the library's loader has put other parameters there
         if pickled is not None:
             model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         for module in model.modules():
@@ -763,6 +772,7 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
             nn.Linear(channels[3], config.num_auxiliary_classes) if config.num_auxiliary_classes else None
         )
         self.criterion = BiRefNetLoss(config.loss_task)
+        self.__dict__["own_criterion"] = self.criterion  # beside the registered modules
         self.register_load_state_dict_pre_hook(take_released_names)
         self.post_init()
         if config.freeze_backbone:
@@ -879,6 +889,8 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
                 labels = F.interpolate(labels.float(), (height, width), mode="bilinear", antialias=True)
             if labels.shape[-2:] == (height, width):
                 labels = pad_to_divisor(labels)
+            if self.criterion is self.own_criterion and self.criterion.task != self.config.loss_task:
+                self.criterion = self.__dict__["own_criterion"] = BiRefNetLoss(self.config.loss_task)
             loss, loss_terms = self.criterion(
                 [*side_logits, logits],
                 labels,

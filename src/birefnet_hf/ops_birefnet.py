@@ -204,7 +204,8 @@ def _is_plain_training(inputs: Sequence[torch.Tensor]) -> bool:
     """Whether autograd is going to ask for gradients in its usual way, for which one is written by hand."""
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
         return False
-    return not _is_watched()
+    has_values = all(type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta for tensor in inputs)
+    return has_values and not _is_watched()
 
 
 def _gather_rows(
