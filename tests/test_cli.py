@@ -143,6 +143,7 @@ def test_urls_become_safe_names(tmp_path):
         "https://example.org/..%2f..%2fetc%2fpasswd": "passwd.png",
         "https://example.org/": "image.png",
         "https://example.org/caf%C3%A9 1.webp": "café_1.png",
+        f"https://example.org/{'%E7%8C%AB' * 90}.jpg": f"{'猫' * 32}.png",
     }
     for url, expected in urls.items():
         [job] = assign_targets(find_inputs([url], tmp_path)[0], tmp_path, OutputFormat.PNG)

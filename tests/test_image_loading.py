@@ -2,6 +2,8 @@
 
 import base64
 import io
+import multiprocessing
+import os
 import socket
 import stat
 import sys
@@ -252,7 +254,7 @@ class Handler(BaseHTTPRequestHandler):
     """Answers by path; `server.image` is what /image gives."""
 
     def do_GET(self):
-        if self.path.startswith("/image"):
+        if self.path.startswith("/image") or self.path == "/caf%C3%A9":
             self.answer(200, self.server.image)
         elif self.path == "/loop":
             self.answer(302, b"", Location="/loop")
@@ -262,6 +264,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(302, b"", Location="file:///etc/passwd")
         elif self.path == "/moved":
             self.answer(301, b"", Location="/image.png?size=1")
+        elif self.path == "/abroad":  # as servers write it that do not encode
+            self.answer(301, b"", Location="/café".encode().decode("latin-1"))
         elif self.path == "/endless":
             self.send_response(200)
             self.end_headers()
@@ -329,7 +333,7 @@ def server():
 
 
 def test_fetching(server):
-    for path in ("/image.png", "/moved", "/image of a cat.png?büro=1"):
+    for path in ("/image.png", "/moved", "/abroad", "/image of a cat.png?büro=1"):
         assert load_image(server + path, allow_private=True).size == (40, 30)
     with pytest.raises(ImageLoadError, match="404"):
         load_image(server + "/nothing", allow_private=True)
@@ -458,3 +462,47 @@ def test_png_files_are_small(tmp_path):
     assert (tmp_path / "ours.png").stat().st_size < 1.1 * (tmp_path / "pillow.png").stat().st_size
     with Image.open(tmp_path / "ours.png") as saved:
         assert np.array_equal(np.asarray(saved), np.asarray(cutout))
+
+
+@pytest.mark.skipif(not hasattr(os, "register_at_fork"), reason="this system cannot fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_while_another_thread_loads():
+    """Data loaders' workers are forked; what a thread holds at that moment nobody gives back to them."""
+    with image_loading._FILTERING:
+        worker = multiprocessing.get_context("fork").Process(
+            target=load_image, args=(encoded(picture()),), daemon=True
+        )
+        worker.start()
+        worker.join(timeout=60)
+    assert worker.exitcode == 0
+
+
+def test_programs_are_no_images(tmp_path):
+    """Pillow would have Ghostscript run PostScript, for as long as that takes."""
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\n"
+    (tmp_path / "photo.png").write_bytes(postscript)
+    for source in (postscript, tmp_path / "photo.png", Image.open(io.BytesIO(postscript))):
+        with pytest.raises(ImageLoadError, match="EPS is not read"):
+            load_image(source)
+
+
+def test_floating_point_that_overshoots_is_refused():
+    """Not taken for the darkest of 255 greys."""
+    values = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
+    assert np.asarray(load_image(Image.fromarray(values))).max() == 255
+    with pytest.raises(ImageLoadError, match="0 to 1.02"):
+        load_image(Image.fromarray(values * np.float32(1.02)))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipes_of_the_shell(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for content in (encoded(picture()), bytes(2000)):
+        writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
+        writer.start()
+        if len(content) == 2000:
+            with pytest.raises(ImageLoadError, match="more than the 1999 bytes"):
+                load_image(tmp_path / "pipe", max_bytes=1999)
+        else:
+            assert load_image(tmp_path / "pipe").size == (40, 30)
+        writer.join()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import struct
 import weakref
 from pathlib import Path
 
@@ -20,8 +21,11 @@ from birefnet_hf import (
     BackgroundRemovalPipeline,
     BiRefNetForImageSegmentation,
     BiRefNetImageProcessor,
+    image_loading,
     load_pipeline,
+    pipeline_birefnet,
 )
+from birefnet_hf.foreground import parse_background
 from birefnet_hf.image_loading import ImageLoadError
 from birefnet_hf.pipeline_birefnet import render_picture
 
@@ -234,6 +238,68 @@ def test_wide_gamut_survives(pipe, tmp_path):
         assert "icc_profile" not in pipe(image, output_type="mask").info
 
 
+def wide_gamut_profile() -> bytes:
+    """A matrix profile with the primaries of Display P3 and gamma 2.2."""
+    xyz = {
+        b"wtpt": (0.9642, 1.0, 0.8249),
+        b"rXYZ": (0.5151, 0.2412, -0.0011),
+        b"gXYZ": (0.2920, 0.6922, 0.0419),
+        b"bXYZ": (0.1571, 0.0666, 0.7841),
+    }
+    tags = {
+        name: b"XYZ " + bytes(4) + struct.pack(">3i", *(round(value * 65536) for value in values))
+        for name, values in xyz.items()
+    }
+    curve = b"curv" + bytes(4) + struct.pack(">IHH", 1, round(2.2 * 256), 0)
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    text = b"desc" + bytes(4) + struct.pack(">I", 5) + b"wide\0" + bytes(79)
+    tags |= {b"desc": text, b"cprt": b"text" + bytes(4) + b"none"}
+    table, data = struct.pack(">I", len(tags)), b""
+    for name, content in tags.items():
+        table += name + struct.pack(">II", 128 + 4 + 12 * len(tags) + len(data), len(content))
+        data += content + bytes(-len(content) % 4)
+    header = struct.pack(
+        ">I4sI4s4s4s12x4s40x3i48x",
+        132 + 12 * len(tags) + len(data),
+        b"lcms",
+        0x02100000,
+        b"mntr",
+        b"RGB ",
+        b"XYZ ",
+        b"acsp",
+        63190,
+        65536,
+        54061,
+    )
+    return header[:128] + table + data
+
+
+def test_backgrounds_are_seen_as_asked_for(pipe):
+    """On a photograph with a colour profile of its own, and from an image with one."""
+    profile = wide_gamut_profile()
+    tagged = photo()
+    tagged.info["icc_profile"] = profile
+
+    def seen(picture: Image.Image) -> np.ndarray:
+        """The corner as sRGB."""
+        corner = picture.crop((0, 0, 1, 1))
+        return np.asarray(image_loading.convert_colours(corner, picture.info.get("icc_profile"), None))[0, 0].astype(
+            int
+        )
+
+    orange = pipe(tagged, background="#ff6a00")
+    assert orange.info["icc_profile"] == profile and np.abs(seen(orange) - (255, 106, 0)).max() <= 4
+    assert np.abs(np.asarray(orange)[0, 0].astype(int) - (255, 106, 0)).max() > 8
+    backdrop = Image.new("RGB", (20, 20), (200, 60, 60))
+    backdrop.info["icc_profile"] = profile
+    assert np.abs(seen(pipe(photo(), background=backdrop)) - seen(backdrop)).max() <= 2
+    assert np.abs(seen(backdrop) - (200, 60, 60)).max() > 8
+    assert np.abs(np.asarray(pipe(tagged, background=backdrop))[0, 0].astype(int) - (200, 60, 60)).max() <= 3
+    alpha = pipe(tagged, output_type="mask")
+    rendered = render_picture(tagged, alpha, background=parse_background("#ff6a00"))
+    assert difference(rendered, orange) <= 1
+
+
 # Inputs
 
 
@@ -304,6 +370,20 @@ def test_streams_are_read_as_results_are_asked_for(pipe, make):
     assert len(read) <= 6
     assert len(list(pipe(make([photo()] * 3), batch_size=2))) == 3
     assert list(pipe(make([]))) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4])
+def test_streams_lose_one_image_for_one_that_is_broken(pipe, batch_size):
+    results = pipe((b"broken" if index == 3 else photo(90 + index) for index in range(8)), batch_size=batch_size)
+    widths = []
+    for _ in range(8):
+        try:
+            widths.append(next(results).width)
+        except ImageLoadError:
+            widths.append(None)
+    assert widths == [90, 91, 92, None, 94, 95, 96, 97] and not list(results)
+    with pytest.raises(ImageLoadError):
+        pipe([photo(), b"broken", photo()], batch_size=batch_size)
 
 
 def test_streams_need_bounded_memory(pipe):
@@ -543,3 +623,17 @@ def test_own_image_processor(tiny_model_dir, scene):
     assert load_pipeline(pipe.model, image_processor=processor).image_processor is processor
     with pytest.raises(ValueError, match="image processor"):
         load_pipeline(tiny_model_dir, image_processor=processor, size=64)
+
+
+def test_timeout_of_all_calls_holds_for_backgrounds(tiny_model_dir, monkeypatch):
+    asked = []
+
+    def parse(background, timeout=None):
+        asked.append(timeout)
+        return parse_background("white")
+
+    monkeypatch.setattr(pipeline_birefnet, "parse_background", parse)
+    slow = load_pipeline(tiny_model_dir, timeout=3)
+    slow(photo(), background="https://example.org/a.png")
+    slow(photo(), background="https://example.org/a.png", timeout=5)
+    assert asked == [3, 5]

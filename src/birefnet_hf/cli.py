@@ -166,7 +166,8 @@ def _images(files: list[Path], root: Path, output: Path) -> list[Path]:
 def _name_of_url(url: str) -> Path:
     """A safe file name: the last part of the URL's path."""
     name = PurePosixPath(unquote(urlsplit(url).path)).name
-    return Path(re.sub(r"[^\w.-]+", "_", name).strip(".")[-100:] or "image")
+    name = re.sub(r"[^\w.-]+", "_", name).strip(".").encode()[-100:]  # file systems count bytes
+    return Path(name.decode(errors="ignore") or "image")
 
 
 def assign_targets(

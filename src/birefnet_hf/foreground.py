@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageOps
 
-from .image_loading import load_image, to_rgb
+from .image_loading import convert_colours, load_image, rgb_profile, to_rgb
 
 
 # Weight of the fallback where a window holds nothing of a layer.
@@ -199,11 +199,12 @@ def parse_background(
 
     Args:
         background: A colour, as a name or code that PIL knows ("white", "#1a2b3c", "rgb(10, 20, 30)") or as three
-            integers in [0, 255]; or an image, as `load_image` takes it. "blur" and tensors are returned as they are.
+            integers in [0, 255]; or an image, as `load_image` takes it, with its colour profile. "blur" and tensors are
+            returned as they are.
         timeout: Seconds that fetching a URL may take.
 
     Returns:
-        (3, 1, 1) for a colour and (3, height, width) for an image, float32 in [0, 1].
+        (3, 1, 1) for a colour and (3, height, width) for an image, float32 in [0, 1], in sRGB.
 
     Raises:
         ValueError: neither a colour nor an image.
@@ -222,7 +223,8 @@ def parse_background(
                 raise ValueError(
                     f'background={background!r} is neither a colour (such as "white" or "#1a2b3c") nor a file.'
                 ) from error
-    return to_tensor(load_image(background, timeout=timeout))
+    image = load_image(background, timeout=timeout)
+    return to_tensor(convert_colours(image, rgb_profile(image), None))
 
 
 def composite(foreground: torch.Tensor, alpha: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
@@ -260,8 +262,8 @@ def cut_out(image: Image.Image, alpha: Image.Image, refine: bool = True) -> Imag
     """The image with alpha as its fourth channel.
 
     Args:
-        image: PIL image; transparency it may have is dropped.
-        alpha: PIL image of the same size, converted to "L".
+        image: PIL image; EXIF orientation is applied, and transparency it may have is dropped.
+        alpha: PIL image of the upright image's size, as the pipelines give it; converted to "L".
         refine: Whether to estimate the foreground's colours, see `refine_foreground`.
 
     Returns:
@@ -272,7 +274,10 @@ def cut_out(image: Image.Image, alpha: Image.Image, refine: bool = True) -> Imag
     """
     image, alpha = to_rgb(ImageOps.exif_transpose(image)), alpha.convert("L")
     if image.size != alpha.size:
-        raise ValueError(f"The image has {image.size} pixels, its alpha {alpha.size}; they must agree.")
+        raise ValueError(
+            f"The image has, upright, {image.size} pixels, its alpha {alpha.size}; they must agree. What a camera stored "
+            "lying on its side becomes upright by `load_image`: compute alpha from that."
+        )
     if refine:
         colours = refine_foreground(to_tensor(image), to_tensor(alpha))
         image = Image.fromarray(to_uint8(colours).permute(1, 2, 0).numpy())

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,17 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _SPECIAL = [ipaddress.ip_network(network) for network in ("fec0::/10", "3fff::/20", "192.0.0.0/24", "192.88.99.0/24")]
 # `warnings.catch_warnings` is for one thread at a time: of two, one would leave its filter behind for all.
 _FILTERING = threading.Lock()
+# Formats that are programs: Pillow has PostScript run by Ghostscript, with no limit of time, and WMF by Windows.
+_PROGRAMS = {"EPS", "WMF"}
+
+
+def _renew_lock() -> None:
+    global _FILTERING
+    _FILTERING = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # a thread that held it is not there to release it in the copy
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class ImageLoadError(ValueError):
@@ -79,7 +90,7 @@ def load_image(
         source: Path; http, https or data URL; an open binary file, or what else has `read`, or its bytes; PIL image of any mode; array H×W, H×W×1,
             H×W×3 or H×W×4, uint8, bool, or float in [0, 1].
         timeout: Seconds that fetching a URL may take in all, 30 by default.
-        max_bytes: Largest file that is fetched.
+        max_bytes: Largest file that is fetched, or read from a pipe.
         max_pixels: Largest image that is decoded; by default Pillow's own limit against decompression bombs, 179 million.
         allow_private: Whether URLs may lead to addresses that are not public. Only for URLs you wrote yourself.
 
@@ -87,7 +98,7 @@ def load_image(
         PIL image in mode RGB.
 
     Raises:
-        ImageLoadError: there is no such file or address, or it holds no whole image.
+        ImageLoadError: there is no such file or address, or it holds no whole image, or one of PostScript, which would be run.
         TypeError: `source` is none of the above.
     """
     is_file = hasattr(source, "read") and not isinstance(source, io.TextIOBase | Image.Image)
@@ -117,7 +128,12 @@ def load_image(
                 raise ImageLoadError(f"{name or 'An empty path'}: there is no such file.{hint}")
             if os.path.isdir(source):
                 raise ImageLoadError(f"{name} is a folder; name an image in it.")
-            if os.path.getsize(source) == 0:
+            if not os.path.isfile(source):  # a pipe, such as the shell's <(…)
+                with open(source, "rb") as file:
+                    source = file.read(max_bytes + 1)
+                if len(source) > max_bytes:
+                    raise ImageLoadError(f"{name} gives more than the {max_bytes} bytes allowed.")
+            elif os.path.getsize(source) == 0:
                 raise ImageLoadError(f"{name} is empty.")
         if isinstance(source, bytes | bytearray | memoryview):
             if not source:
@@ -141,6 +157,8 @@ def load_image(
 
 
 def _upright_rgb(image: Image.Image, max_pixels: int | None) -> Image.Image:
+    if image.format in _PROGRAMS:
+        raise ImageLoadError(f"{image.format} is not read: save it as PNG first.")
     width, height = image.size
     if max_pixels is not None and width * height > max_pixels:
         raise ImageLoadError(f"{width}×{height} pixels are more than the {max_pixels} allowed; scale the image down.")
@@ -168,10 +186,37 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return (image.convert("LA") if image.mode == "La" else image).convert("RGB")
 
 
+def rgb_profile(image: Image.Image) -> bytes | None:
+    """The ICC profile that gives an image's RGB values their meaning, e.g. of a camera with a wide gamut."""
+    profile = image.info.get("icc_profile")
+    # Its 16th to 19th byte name the colour space: a CMYK image's profile does not apply to what was made of it.
+    return profile if profile and profile[16:20] == b"RGB " else None
+
+
+def convert_colours(image: Image.Image, source: bytes | None, target: bytes | None) -> Image.Image:
+    """An RGB image whose values mean by the profile `target` what they meant by `source`; None stands for sRGB.
+
+    The image itself where both are the same, or one of them cannot be read.
+    """
+    if source == target:
+        return image
+    try:
+        opened = [
+            ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else ImageCms.createProfile("sRGB")
+            for profile in (source, target)
+        ]
+        return ImageCms.profileToProfile(image, *opened, ImageCms.Intent.RELATIVE_COLORIMETRIC)
+    except (ImportError, OSError, ImageCms.PyCMSError) as error:
+        logger.warning("A colour profile cannot be read, the colours are taken as they are: %s", error)
+        return image
+
+
 def to_bytes(values: np.ndarray, limits: Sequence[int]) -> np.ndarray:
     """Numbers from 0 to the first of the limits that holds them all as uint8, 0 to 255; ImageLoadError where there is none."""
     largest = float(values.max())
     scale = next((limit for limit in limits if largest <= limit), None)
+    if limits[0] == 1 < largest < 2:  # overshoot of numbers up to 1, which would be black of those up to 255
+        scale = None
     if scale is None or not values.min() >= 0:
         expected = " or ".join(map(str, limits))
         raise ImageLoadError(f"Values from {values.min():g} to {largest:g}: expected 0 to {expected}.")
@@ -297,7 +342,7 @@ def fetch(
             response = connection.getresponse()
             if time.monotonic() >= deadline:  # cut off within the headers, which then look complete
                 raise TimeoutError
-            location = response.getheader("Location")
+            location = (response.getheader("Location") or "").encode("latin-1").decode("utf-8", "replace")
             if response.status in (301, 302, 303, 307, 308) and location:
                 current = urljoin(current, location)
                 continue
@@ -416,4 +461,15 @@ def save_image(image: Image.Image, path: str | os.PathLike[str], **parameters: A
         temporary.unlink(missing_ok=True)
 
 
-__all__ = ["ImageLoadError", "ImageSource", "fetch", "is_url", "load_image", "save_image", "staged_files", "to_rgb"]
+__all__ = [
+    "ImageLoadError",
+    "ImageSource",
+    "convert_colours",
+    "fetch",
+    "is_url",
+    "load_image",
+    "rgb_profile",
+    "save_image",
+    "staged_files",
+    "to_rgb",
+]

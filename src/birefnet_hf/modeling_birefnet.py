@@ -842,12 +842,12 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
 
         ```python
         >>> import torch
-        >>> from PIL import Image
         >>> from birefnet_hf import BiRefNetForImageSegmentation, BiRefNetImageProcessor
+        >>> from birefnet_hf.image_loading import load_image
 
         >>> processor = BiRefNetImageProcessor.from_pretrained("ZhengPeng7/BiRefNet")
         >>> model = BiRefNetForImageSegmentation.from_pretrained("ZhengPeng7/BiRefNet", dtype=torch.float32)
-        >>> image = Image.open("photo.jpg").convert("RGB")
+        >>> image = load_image("photo.jpg")
         >>> inputs = processor(image, return_tensors="pt")
         >>> with torch.inference_mode():
         ...     outputs = model(**inputs)

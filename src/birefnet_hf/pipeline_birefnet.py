@@ -16,8 +16,8 @@ from transformers import ImageSegmentationPipeline, Pipeline
 from transformers.utils import logging
 
 from .checkpoints_birefnet import list_aliases, resolve_checkpoint
-from .foreground import composite, parse_background, refine_foreground, to_uint8
-from .image_loading import IMAGE_TYPES, load_image
+from .foreground import composite, parse_background, refine_foreground, to_tensor, to_uint8
+from .image_loading import IMAGE_TYPES, ImageLoadError, convert_colours, load_image, rgb_profile
 from .image_processing_birefnet import BiRefNetImageProcessor
 from .modeling_birefnet import BiRefNetForImageSegmentation, BiRefNetImageSegmentationOutput
 from .onnx_birefnet import ONNX_FILE_NAMES, BiRefNetOnnxForImageSegmentation
@@ -115,7 +115,7 @@ class BackgroundRemovalPipeline(Pipeline):
         if isinstance(inputs, tuple):
             inputs = list(inputs)
         elif isinstance(inputs, Iterable) and not (isinstance(inputs, _NOT_STREAMED) or hasattr(inputs, "read")):
-            inputs = _Stream(iter(inputs))
+            return iter(super().__call__(_Stream(iter(inputs)), **kwargs))
         if isinstance(inputs, list) and not inputs:
             return []
         return super().__call__(inputs, **kwargs)
@@ -143,7 +143,8 @@ class BackgroundRemovalPipeline(Pipeline):
                     "`output_type` (it is then 'composite')."
                 )
             output_type = "composite"
-            background = parse_background(background, timeout=timeout)
+            of_all_calls = getattr(self, "_preprocess_params", {})
+            background = parse_background(background, timeout=timeout or of_all_calls.get("timeout"))
         output = {"output_type": output_type} if output_type is not None else {}
         preprocess = {**output, "size": size, "timeout": timeout}
         forward = {**output, "background": background, "refine": refine_foreground, "threshold": threshold}
@@ -163,14 +164,17 @@ class BackgroundRemovalPipeline(Pipeline):
         size: Size | None = None,
         timeout: float | None = None,
     ) -> dict[str, list[dict[str, Any]]]:
-        image = load_image(source, timeout=timeout)
+        try:
+            image = load_image(source, timeout=timeout)
+        except ImageLoadError as error:  # raised when it is this image's turn: here it would take its batch along
+            return {"samples": [{"error": error}]}
         resize = {} if size is None else {"size": size}
         sample = {
             "pixel_values": self.image_processor(image, return_tensors="pt", **resize)["pixel_values"],
             "target_size": (image.height, image.width),
             # Masks need no colours on the device.
             "image": None if output_type == "mask" else torch.from_numpy(np.array(image)),  # (H, W, 3) uint8
-            "icc_profile": None if output_type == "mask" else _rgb_profile(image),
+            "icc_profile": None if output_type == "mask" else rgb_profile(image),
         }
         # In a list, the base class's collation leaves the sample alone; tensors of different sizes it would concatenate.
         return {"samples": [sample]}
@@ -190,9 +194,12 @@ class BackgroundRemovalPipeline(Pipeline):
             samples = [sample for [sample] in samples]
 
         indices_by_size = defaultdict(list)
+        results: list[dict[str, Any]] = [{}] * len(samples)
         for index, sample in enumerate(samples):
-            indices_by_size[sample["pixel_values"].shape].append(index)
-        results: list[dict[str, Any] | None] = [None] * len(samples)
+            if "error" in sample:
+                results[index] = sample
+            else:
+                indices_by_size[sample["pixel_values"].shape].append(index)
         for indices in indices_by_size.values():
             logits = self.model(torch.cat([samples[index]["pixel_values"] for index in indices])).logits
             for index, image_logits in zip(indices, logits, strict=True):
@@ -201,12 +208,15 @@ class BackgroundRemovalPipeline(Pipeline):
                 [alpha] = self.image_processor.post_process_alpha(
                     BiRefNetImageSegmentationOutput(logits=image_logits[None]), [sample["target_size"]]
                 )
-                pixels = _render(sample["image"], alpha, output_type, background, refine, threshold)
+                behind = _in_colours_of(sample["icc_profile"], background)
+                pixels = _render(sample["image"], alpha, output_type, behind, refine, threshold)
                 results[index] = {"pixels": pixels, "icc_profile": sample["icc_profile"]}
         return {"results": [[result] for result in results] if is_batch else results}
 
     def postprocess(self, model_outputs: dict[str, list[dict[str, Any]]]) -> Image.Image:
         [result] = model_outputs["results"]
+        if "error" in result:
+            raise result["error"]
         return _to_picture(result["pixels"], result["icc_profile"])
 
 
@@ -241,11 +251,13 @@ def render_picture(
     if output_type is None:
         output_type = "cutout" if background is None else "composite"
     _check_background(output_type, background)
+    profile = None if output_type == "mask" else rgb_profile(image)
+    background = _in_colours_of(profile, background)
     pixels = torch.from_numpy(np.array(image)).to(device)  # (H, W, 3)
     matte = torch.from_numpy(np.array(alpha)).to(device, torch.float32) / 255  # (H, W)
     with torch.inference_mode():
         rendered = _render(pixels, matte, output_type, background, refine_foreground, threshold)
-    return _to_picture(rendered.cpu(), None if output_type == "mask" else _rgb_profile(image))
+    return _to_picture(rendered.cpu(), profile)
 
 
 def _render(
@@ -336,11 +348,12 @@ def _to_picture(pixels: torch.Tensor, icc_profile: bytes | None) -> Image.Image:
     return picture
 
 
-def _rgb_profile(image: Image.Image) -> bytes | None:
-    """The ICC profile that gives an image's RGB values their meaning, e.g. of a camera with a wide gamut."""
-    profile = image.info.get("icc_profile")
-    # Its 16th to 19th byte name the colour space: a CMYK image's profile does not apply to what was made of it.
-    return profile if profile and profile[16:20] == b"RGB " else None
+def _in_colours_of(profile: bytes | None, background: Background | None) -> Background | None:
+    """A background in sRGB, as the image's own colour profile has it."""
+    if profile is None or not isinstance(background, torch.Tensor):
+        return background
+    pixels = Image.fromarray(to_uint8(background).permute(1, 2, 0).contiguous().cpu().numpy())
+    return to_tensor(convert_colours(pixels, None, profile))
 
 
 def load_pipeline(
