@@ -419,7 +419,7 @@ def run(arguments: argparse.Namespace, pool: Executor, state: PartialState) -> N
         size = {"size": tuple(arguments.size)} if arguments.size else {}
         pipe = load_pipeline(arguments.model, device=arguments.device or state.device, dtype=arguments.dtype, **size)
     pairs, predictions, skipped = load_data(arguments, pipe)
-    names = sample_names(pairs)
+    names = sample_names(pairs, distinct=bool(arguments.predictions or arguments.save_predictions))
     indices = range(state.process_index, len(pairs), state.num_processes)
     started = time.monotonic()
     hidden = None if state.is_main_process else True  # None: shown on a terminal only

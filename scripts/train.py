@@ -45,6 +45,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -136,6 +137,11 @@ FREE_SETTINGS = (
     "validation_steps",
     "metrics",
 )
+# Of files and folders to read; `data` and `model` may also be names on the Hub.
+PATHS = ("data", "masks", "more_cutouts", "validation_data", "validation_masks", "backgrounds", "model")
+# Of a whole model and of adapters alone, which a folder may hold one of: together they would be applied to each other.
+MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 IGNORED_ON_THE_HUB = ["checkpoints/*", "best/*", "logs/*", "samples/*", "log.jsonl", ".*"]
 
 
@@ -214,12 +220,12 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--num-workers", type=int, default=workers, help="processes that read data, for each process")
 
     group = parser.add_argument_group("validation")
-    group.add_argument("--validation-data")
+    group.add_argument("--validation-data", help="--data when absent and other subsets or another split are named")
     group.add_argument("--validation-masks")
     group.add_argument("--validation-image-column", help="as --image-column when absent")
     group.add_argument("--validation-mask-column", help="as --mask-column when absent")
     group.add_argument("--validation-subsets", nargs="+")
-    group.add_argument("--validation-split", default="validation")
+    group.add_argument("--validation-split", help='"validation" when absent')
     group.add_argument("--validation-cutouts", action=flag, default=False, help="the validation data are cut-outs")
     group.add_argument("--validation-fraction", type=float, default=0.0, help="hold out this share of --data instead")
     group.add_argument("--validation-samples", type=int, help="at most so many, the first ones")
@@ -303,6 +309,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.data is None or arguments.output_dir is None:
         parser.error("--data and --output-dir are required")
     arguments.output_dir = arguments.output_dir.expanduser()
+    for name in PATHS:  # which the shell leaves alone in a file of settings
+        if (given := getattr(arguments, name)) and given.startswith("~"):
+            setattr(arguments, name, os.path.expanduser(given))
     if config and config.resolve() == (arguments.output_dir / "config.json").resolve():
         parser.error(f"--config {config} is where the model's own config is saved: give it another name or place")
     if arguments.model is None and not (arguments.backbone or "backbone" in arguments.model_settings):
@@ -313,6 +322,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("give either --size or --dynamic-size")
     if arguments.validation_fraction and arguments.validation_data:
         parser.error("give either --validation-data or --validation-fraction")
+    others = ("subsets", "split", "masks", "image_column", "mask_column", "cutouts")
+    given = [f"--validation-{name.replace('_', '-')}" for name in others if getattr(arguments, f"validation_{name}")]
+    if given and not arguments.validation_data:
+        within = [
+            getattr(arguments, f"validation_{name}") or getattr(arguments, name) for name in ("subsets", "split")
+        ]
+        if arguments.validation_fraction or within == [arguments.subsets, arguments.split]:
+            parser.error(f"{', '.join(given)}: for validation data of their own, give --validation-data")
+        arguments.validation_data = arguments.data  # other subsets or another split of it
+    measured = ("validation_samples", "validation_steps")
+    if not arguments.validation_data and not arguments.validation_fraction:
+        for name in measured:
+            if getattr(arguments, name):
+                parser.error(
+                    f"--{name.replace('_', '-')}: nothing to measure on, give --validation-data or --validation-fraction"
+                )
+    arguments.validation_split = arguments.validation_split or "validation"
     if not 0 <= arguments.validation_fraction < 1 or not 0 <= arguments.warmup < 1:
         parser.error("--validation-fraction and --warmup are shares: at least 0 and below 1")
     if arguments.merge_lora and not arguments.lora_rank:
@@ -537,7 +563,7 @@ def set_up(arguments: argparse.Namespace, accelerator: Accelerator) -> Run:
         TrainingError: about a checkpoint to resume from.
     """
     set_seed(arguments.seed)
-    for name in ("data", "masks", "more_cutouts", "validation_data", "validation_masks", "backgrounds", "model"):
+    for name in PATHS:
         given = getattr(arguments, name)
         if name == "model" and given:
             given = resolve_checkpoint(given)  # "lite" is not the folder of that name, unless it holds a model
@@ -935,6 +961,12 @@ def save_model(run: Run, folder: Path, results: Mapping[str, Any]) -> None:
             run.processor.save_pretrained(staging)
             (staging / "README.md").write_text(write_card(run), encoding="utf-8")
             (staging / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+        is_adapter = arguments.lora_rank and not arguments.merge_lora
+        for pattern in MODEL_FILES if is_adapter else ADAPTER_FILES:  # from before --merge-lora was given or left out
+            for path in folder.glob(pattern):
+                path.unlink()
+        if not arguments.merge_lora:
+            shutil.rmtree(folder / "adapter", ignore_errors=True)
     # Of the same kinds as when a checkpoint cannot be saved.
     except (OSError, RuntimeError, SafetensorError) as error:
         raise TrainingError(

@@ -2,6 +2,7 @@ import io
 import logging
 import re
 import warnings
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -97,6 +98,14 @@ class TestMask:
         classes = Image.fromarray(np.asarray(mask(level=2)), mode="P")
         classes.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
         assert load_mask(classes).getextrema() == (0, 255)
+
+    def test_index_beyond_the_palette(self):
+        """As in class maps of 21 colours whose index 255 is the edge."""
+        indices = np.zeros((4, 4), np.uint8)
+        indices[1:3] = [0, 1, 1, 255]
+        image = Image.frombytes("P", (4, 4), indices.tobytes())
+        image.putpalette([0, 0, 0, 128, 0, 0])
+        assert (np.asarray(load_mask(image)) == np.where(indices, 255, 0)).all()
 
     def test_float_values(self):
         read = load_mask(Image.fromarray(np.asarray(mask(level=1)).astype(np.float32) / 2))
@@ -264,6 +273,26 @@ class TestFolders:
         (root / "y" / "b.png").unlink()
         with pytest.raises(BadDataError, match=r"b\.jpg"):
             load_pairs(root)
+
+    def test_goes_before_the_names_of_folders(self, tmp_path):
+        """Of the files in images and masks it chooses some, and says which belong together."""
+        root, splits = tmp_path / "root", tmp_path / "splits"
+        for folder in (root, splits / "train", splits / "test"):
+            write_pairs(folder, ["a", "b"], images="images", masks="masks")
+        lines = "file_name,mask_file_name\nimages/a.jpg,masks/b.png\n"
+        (root / "metadata.csv").write_text(lines, encoding="utf-8")
+        [row] = load_pairs(root)
+        assert Path(row["name"]).name == "a.jpg" and row["mask"].tobytes() == mask(1).tobytes()
+        for split in ("train", "test"):
+            (splits / split / "metadata.csv").write_text(lines, encoding="utf-8")
+        assert [len(load_pairs(splits, split=split)) for split in ("train", "test")] == [1, 1]
+        assert len(load_pairs(splits, subsets=["train"])) == 2
+
+    def test_images_in_subfolders_are_named(self, tmp_path, caplog):
+        write_pairs(tmp_path, ["a", "b"])
+        write_pairs(tmp_path / "im", ["c"], images="more", masks="masks")
+        assert len(load_pairs(tmp_path)) == 2
+        assert "left out (masks, more)" in caplog.text
 
 
 class TestTables:

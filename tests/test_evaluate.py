@@ -301,6 +301,10 @@ def test_images_of_one_name_are_refused(data, tmp_path, caplog):
     argv = ["--predictions", str(data / "pred"), "--data", str(root), "--device", "cpu", "--num-workers", "0"]
     assert evaluate.main([*argv, "--subsets", "one", "two"]) == 1
     assert "have one name" in caplog.text
+    own = ["--model", "nano", *argv[2:], "--size", "64", "64", "--metrics", "mae", "--subsets", "one", "two"]
+    assert evaluate.main([*own, "--output-dir", str(tmp_path / "numbers")]) == 0
+    names = [line.split(",")[0] for line in (tmp_path / "numbers" / "images.csv").read_text().splitlines()[1:]]
+    assert len(set(names)) == len(names) == 2 * len(list((data / "im").iterdir()))
     assert evaluate.main([*argv, "--subsets", "two", "--metrics", "mae"]) == 0
 
 

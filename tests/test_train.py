@@ -443,6 +443,15 @@ def test_adapters_are_trained_saved_and_merged(pairs, tiny_model_dir, tmp_path):
     }
     assert changed and not any("norm" in name for name in changed)  # frozen statistics: they are in no adapter
 
+    # Once more without merging: of the whole network nothing may be left, to which the adapters would be applied again.
+    unmerged = [argument for argument in more if argument != "--merge-lora"]
+    assert train.main(arguments(pairs, output, *unmerged, "--resume")) == 0
+    assert not (output / "model.safetensors").exists() and (output / "adapter_model.safetensors").exists()
+    assert not (output / "adapter").exists()
+    assert Path(json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"]).is_absolute()
+    assert train.main(arguments(pairs, output, *more, "--resume")) == 0
+    assert (output / "model.safetensors").exists() and not list(output.glob("adapter_*"))
+
     # transformers applies adapters by itself, to the model that their settings name.
     if version.parse(transformers.__version__) < version.parse("5.18"):
         with pytest.raises(ValueError, match="holds an adapter"):
@@ -756,6 +765,7 @@ def test_all_sources_of_data_are_reached_from_the_command_line(pairs, tmp_path):
     dis = tmp_path / "DIS5K"
     joined = ["--data", dis, "--subsets", "DIS-TR", "DIS-TE1"]
     assert lengths(*joined, "--validation-data", dis, "--validation-subsets", "DIS-VD") == (6, 1)
+    assert lengths(*joined, "--validation-subsets", "DIS-VD") == (6, 1)
     assert lengths(*joined, "--validation-fraction", 0.5) == (3, 3)
     folders = ["--data", pairs / "im", "--masks", pairs / "gt"]
     assert lengths(*folders, "--validation-data", pairs / "im", "--validation-masks", pairs / "gt") == (8, 8)
@@ -765,6 +775,31 @@ def test_all_sources_of_data_are_reached_from_the_command_line(pairs, tmp_path):
     assert lengths(*columns, "--validation-data", pairs, *other_columns) == (3, 8)
     assert lengths("--data", pairs, "--cutouts", "--validation-data", pairs, "--validation-samples", 2) == (8, 2)
     assert lengths(*folders, "--more-cutouts", pairs, "--validation-fraction", 0.25) == (6 + 8, 2)
+
+
+@pytest.mark.parametrize(
+    "given, named",
+    [
+        (["--validation-masks", "gt"], "--validation-masks"),
+        (["--validation-fraction", "0.1", "--validation-subsets", "DIS-VD"], "--validation-subsets"),
+        (["--subsets", "DIS-VD", "--validation-subsets", "DIS-VD"], "--validation-subsets"),
+        (["--validation-samples", "3"], "--validation-samples"),
+    ],
+    ids=str,
+)
+def test_settings_of_validation_without_its_data(given, named, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--data", "DIS5K", "--output-dir", "x", "--backbone", "y", *given])
+    assert named in capsys.readouterr().err
+
+
+def test_home_in_a_file_of_settings(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("data: ~/photos\nbackgrounds: ~/walls\noutput_dir: ~/run\nbackbone: swin_v1_t\n")
+    arguments = train.parse_arguments(["--config", str(settings)])
+    found = (arguments.data, arguments.backgrounds, str(arguments.output_dir))
+    assert found == tuple(str(tmp_path / name) for name in ("photos", "walls", "run"))
 
 
 def test_backgrounds_matter_to_cutouts_only(tmp_path):

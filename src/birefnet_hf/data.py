@@ -109,9 +109,21 @@ def load_mask(source: str | Path | bytes | Image.Image, is_prediction: bool = Fa
     Raises:
         ImageLoadError: there is no readable image, or its values are not those of a mask.
     """
-    image = _open(source)
+    try:
+        return _read_mask(_open(source), is_prediction)
+    except _UNREADABLE:
+        raise
+    except Exception as error:  # on damaged files Pillow raises nearly anything
+        raise ImageLoadError(str(error)) from error
+
+
+def _read_mask(image: Image.Image, is_prediction: bool) -> Image.Image:
+    """What `load_mask` makes of an image."""
     if image.mode == "P" and "transparency" not in image.info:
-        levels = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)[np.asarray(image)]
+        colours = np.zeros((256, 3), dtype=np.uint8)  # a palette may end before the largest index
+        stored = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+        colours[: len(stored)] = stored
+        levels = colours[np.asarray(image)]
         grey = (levels == levels[..., :1]).all()
         image = Image.fromarray(levels[..., 0] if grey else np.where(np.asarray(image), 255, 0).astype(np.uint8))
     elif image.has_transparency_data:
@@ -289,10 +301,11 @@ def load_pairs(
 
     Args:
         source: one of
-            - a folder of images, with `masks` a folder of masks: files of the same stem are a pair;
+            - a folder of images, with `masks` a folder of masks: files of the same stem are a pair, subfolders are left out;
             - a folder with `im` and `gt` (or images/masks and the like) in it, or one with several such folders in it,
               chosen and joined by `subsets`, as DIS5K is laid out;
-            - a folder with `metadata.csv`, `.jsonl` or `.parquet` ("imagefolder": `file_name`, `mask_file_name`);
+            - a folder with `metadata.csv`, `.jsonl` or `.parquet` ("imagefolder": `file_name`, `mask_file_name`), which
+              goes before what the names of its folders say, unless `subsets` are chosen;
             - a folder written by `datasets`' save_to_disk, or one with its data files;
             - an id on the Hugging Face Hub;
             - a dataset, or a mapping of splits, of the `datasets` library;
@@ -376,14 +389,18 @@ def _find(
             return datasets.load_dataset(source, split=split, streaming=streaming), []
         except datasets.exceptions.DatasetNotFoundError as error:
             raise FileNotFoundError(f"{source} is neither a folder here nor a dataset on the Hub: {error}") from error
+    has_metadata = {
+        pattern: any(any(root.glob(f"{pattern}{name}")) for name in _METADATA_FILES) for pattern in ("", "*/")
+    }
+    is_listed = has_metadata[""] or (has_metadata["*/"] and _image_and_mask_folder(root) is None)
+    if is_listed and subsets is None:  # what it says goes before what the names of folders make one think
+        return datasets.load_dataset("imagefolder", data_dir=str(root), split=split), []
     folders = _subset_folders(root, subsets)
     if folders:
         return _pair_folders(folders)
     if (root / "dataset_dict.json").exists() or (root / "state.json").exists():
         return _find(datasets.load_from_disk(str(root)), None, None, split, streaming, cutouts)
-    if any(found for name in _METADATA_FILES for found in (*root.glob(name), *root.glob(f"*/{name}"))):
-        return datasets.load_dataset("imagefolder", data_dir=str(root), split=split), []
-    files = list_images(root)
+    files = _own_images(root)
     if files and cutouts:
         return _rows({"image": [str(path) for path in files]}), []
     if files:
@@ -462,10 +479,19 @@ def _by_stem(folder: Path) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
     files: dict[str, list[Path]] = {}
-    for path in list_images(folder):
+    for path in _own_images(folder):
         files.setdefault(_stem(path), []).append(path)
     if not files:
         raise ValueError(f"There are no images in {folder}.")
+    return files
+
+
+def _own_images(folder: Path) -> list[Path]:
+    """The images directly in a folder, with a warning where it has subfolders of images as well."""
+    files = list_images(folder)
+    nested = [child.name for child in sorted(folder.iterdir()) if files and child.is_dir() and list_images(child)]
+    if nested:
+        logger.warning("%s: the images in its subfolders are left out (%s).", folder, ", ".join(nested))
     return files
 
 
@@ -534,17 +560,25 @@ def _prediction_problem(found: Sequence[Path], mask_file: Mapping[str, Any]) -> 
     return None
 
 
-def sample_names(pairs: datasets.Dataset) -> list[str]:
-    """What the samples of `load_pairs` are called, without decoding them; each stem of a file name occurs once.
+def sample_names(pairs: datasets.Dataset, distinct: bool = True) -> list[str]:
+    """What the samples of `load_pairs` are called, without decoding them.
+
+    Args:
+        pairs: of `load_pairs`.
+        distinct: whether each stem of a file name may occur once only, as files are named by it.
 
     Raises:
-        ValueError: several files, in different folders, have one stem, so that results could not be told apart.
+        ValueError: several files, in different folders, have one stem, and names are to be distinct.
     """
     names: list[str] = []
     stems: dict[str, str] = {}
     embedded: set[str] = set()  # of images that lie in the dataset itself
-    for row in pairs.with_format(None).select_columns("image"):
+    for index, row in enumerate(pairs.with_format(None).select_columns("image")):
         name = _name(row["image"])
+        if not distinct:
+            is_own_file = row["image"]["path"] and row["image"]["bytes"] is None
+            names.append(name if is_own_file else f"row {index} ({name})")
+            continue
         other = stems.setdefault(Path(name).stem, name)
         if other != name:
             raise ValueError(f"{other} and {name} have one name: take one folder (subset) at a time.")

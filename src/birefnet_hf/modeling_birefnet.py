@@ -4,9 +4,11 @@ An image is localised by a backbone run at two scales and a squeeze module, and 
 fine by a decoder in which every level refers inward, to the image's own pixels, and outward, to its gradients.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -712,13 +714,20 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
             config = kwargs.pop("config", None) or BiRefNetConfig.from_pretrained(name, **hub_options, **settings)
             kwargs |= {"config": config, "state_dict": load_state_dict_file(pickled)}
             name = None
-        model, info = super().from_pretrained(
-            name,
-            *model_args,
-            output_loading_info=True,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-            **kwargs,
-        )
+        try:
+            model, info = super().from_pretrained(
+                name,
+                *model_args,
+                output_loading_info=True,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+                **kwargs,
+            )
+        except OSError as error:
+            adapter = Path(str(name)) / "adapter_config.json"
+            if not adapter.is_file():
+                raise
+            base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            raise OSError(f"{name} holds adapters of the network {base}, which cannot be loaded: {error}") from error
         if model.config.freeze_backbone and not getattr(model, "_hf_peft_config_loaded", False):
             model.backbone.requires_grad_(False)  # the library's loader has put other parameters there
         if pickled is not None:

@@ -269,7 +269,13 @@ def add_adapters(model: BiRefNetForImageSegmentation, rank: int, alpha: float) -
         hook.remove()
     targets = sorted(name for name in called if name.rpartition(".")[2] not in _HEADS)
     heads = sorted({name.rpartition(".")[2] for name, _ in model.named_modules()}.intersection(_HEADS))
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, modules_to_save=heads))
+    base = model.config.name_or_path
+    if Path(base).is_dir():
+        base = str(Path(base).resolve())  # to be found from any working directory
+    settings = {"r": rank, "lora_alpha": alpha, "target_modules": targets, "modules_to_save": heads}
+    adapted = get_peft_model(model, LoraConfig(**settings))
+    adapted.peft_config["default"].base_model_name_or_path = base
+    return adapted
 
 
 def timm_name_of(name: str, backbone: str) -> str | None:
