@@ -418,3 +418,46 @@ def test_bad_and_too_large_videos_are_refused_and_leave_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="cancelled"):
         cut_out_video(source, out / "e.webm", brightness_mask, progress=cancel)
     assert not list(out.glob("*")) and not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize("curve", [16, 18], ids=["PQ", "HLG"])
+def test_high_dynamic_range_becomes_the_ordinary_one(tmp_path, curve):
+    """As phones record it: an orange of sRGB, brightest white, and what is brighter, encoded by the standards' formulas."""
+    orange = np.array([200, 120, 40])
+    light = ((orange / 255 + 0.055) / 1.055) ** 2.4  # 1 is white, of 203 cd/m²
+    colours = np.stack([light, [1, 1, 1], [3, 3, 3]])
+    # ITU-R BT.2087 from BT.709's primaries to BT.2020's; BT.2100's curves.
+    wide = colours @ np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]]).T
+    if curve == 16:
+        power = (wide * 203 / 10000) ** 0.1593017578125
+        codes = ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
+    else:
+        shown = wide * 203 / 1000
+        scene = shown * (shown @ [0.2627, 0.6780, 0.0593])[:, None] ** (1 / 1.2 - 1)
+        logarithm = 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073
+        codes = np.where(scene <= 1 / 12, np.sqrt(3 * scene), logarithm)
+    assert codes[1, 0] == pytest.approx({16: 0.58, 18: 0.75}[curve], abs=0.01)  # BT.2408's reference white
+    pixels = np.repeat(np.rint(codes * 65535).astype(np.uint16), 32, axis=0)[None].repeat(48, axis=0)  # (48, 96, 3)
+    with av.open(str(tmp_path / "phone.mkv"), "w") as container:
+        video = container.add_stream("ffv1", rate=10)
+        video.width, video.height, video.pix_fmt = 96, 48, "yuv420p10le"
+        video.codec_context.colorspace = video.codec_context.color_primaries = 9
+        video.codec_context.color_trc, video.codec_context.color_range = curve, 1
+        frame = av.VideoFrame.from_ndarray(pixels, format="rgb48le").reformat(format="yuv420p10le", dst_colorspace=9)
+        frame.pts = 0
+        container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+
+    seen = []
+
+    def mask(image: Image.Image, **_) -> Image.Image:
+        seen.append(np.asarray(image))
+        return Image.new("L", image.size, 255)
+
+    cut_out_video(tmp_path / "phone.mkv", tmp_path / "out.mp4", mask, background="white", refine=False)
+    [shown] = seen
+    assert np.abs(shown[24, 16].astype(int) - orange).max() <= 3
+    white, brighter = shown[24, 48], shown[24, 80]
+    assert np.ptp(white) <= 2 and np.ptp(brighter) <= 2 and 240 <= white.min() < brighter.min()
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert next(container.decode(video=0)).color_trc == BT709

@@ -4,6 +4,7 @@ Needs PyAV (`pip install av`).
 """
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -36,9 +37,17 @@ Progress = Callable[[int, int], None]
 SCENE_CHANGE = 0.15
 # More frames per second than any camera's, for a video with a limit on its length: times in a file may be wrong.
 MAX_RATE = 240
-# Colour matrices and the range of 16 to 235 by their numbers in FFmpeg.
-_BT709, _UNSPECIFIED, _BT601 = 1, 2, 5
+# Colour matrices, the range of 16 to 235, and the curves of high dynamic range by their numbers in FFmpeg.
+_BT709, _UNSPECIFIED, _BT601, _BT2020 = 1, 2, 5, 9
 _LIMITED = 1
+_PQ, _HLG = 16, 18
+# High dynamic range: what counts as white (cd/m², ITU-R BT.2408), HLG's nominal peak, and the share of white from which on
+# light is compressed, so that what is brighter than white differs, too.
+WHITE_NITS, HLG_PEAK_NITS, KNEE = 203.0, 1000.0, 0.75
+_LUMINANCE_BT2020 = np.array([0.2627, 0.6780, 0.0593], dtype=np.float32)
+_BT2020_TO_BT709 = np.array(
+    [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], dtype=np.float32
+)
 # What is read. FFmpeg also knows playlists, which name other files, and takes a text for a picture of its letters.
 _CONTAINERS = "3gp,apng,asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mov,mpeg,mpegts,mpegvideo,mxf,ogg,yuv4mpegpipe"
 
@@ -146,7 +155,8 @@ def cut_out_video(
     Args:
         source: Video file; no playlist.
         target: File to write, whole or not at all: .webm (VP9 with alpha), .mov (ProRes 4444 with alpha) or .mp4
-            (H.264, no alpha: needs a background or `mask_only`). Pixels become square; an odd last row or column is cut.
+            (H.264, no alpha: needs a background or `mask_only`). Pixels become square; an odd last row or column is cut;
+            high dynamic range (HLG, PQ) becomes the ordinary one.
         pipe: What computes the masks, see `load_pipeline`.
         background: A colour or an image, as `parse_background` takes it; "blur" for the blurred frame; None for
             transparency.
@@ -391,12 +401,13 @@ def _decode(reader: "av.container.InputContainer", streams: list[Any]) -> Iterat
 def _upright(frame: "av.VideoFrame", pixel_ratio: Fraction | None) -> Image.Image:
     """The frame as RGB, as its display matrix says (phones), with even sides for chroma subsampling.
 
-    Pixels that are not square (of width / height `pixel_ratio`) become so: that is how the network knows things.
+    High dynamic range becomes the ordinary one, and pixels that are not square (of width / height `pixel_ratio`) become
+    so: that is how the network knows things.
     """
     matrix = frame.colorspace
     if matrix == _UNSPECIFIED:
         matrix = _BT709 if frame.height >= 720 else _BT601  # as players guess
-    image = frame.to_image(src_colorspace=matrix)
+    image = _tone_map(frame) if frame.color_trc in (_PQ, _HLG) else frame.to_image(src_colorspace=matrix)
     if pixel_ratio and pixel_ratio != 1:
         width, height = image.size
         size = (round(width * pixel_ratio), height) if pixel_ratio > 1 else (width, round(height / pixel_ratio))
@@ -407,6 +418,46 @@ def _upright(frame: "av.VideoFrame", pixel_ratio: Fraction | None) -> Image.Imag
     if rotation:
         image = image.rotate(rotation, expand=True)
     return image.crop((0, 0, max(2, image.width // 2 * 2), max(2, image.height // 2 * 2)))
+
+
+def _tone_map(frame: "av.VideoFrame") -> Image.Image:
+    """A frame of high dynamic range (PQ of SMPTE ST 2084 or HLG of ITU-R BT.2100) as sRGB."""
+    matrix = _BT2020 if frame.colorspace == _UNSPECIFIED else frame.colorspace
+    codes = frame.reformat(format="rgb48le", src_colorspace=matrix).to_ndarray()  # (H, W, 3) uint16
+    to_light, to_code = _light_of_codes(frame.color_trc), _codes_of_light()
+    pixels = np.empty(codes.shape, dtype=np.uint8)
+    for start in range(0, len(codes), 64):  # stays in the cache
+        light = to_light[codes[start : start + 64]]  # 1 is white
+        if frame.color_trc == _HLG:  # the scene's light, which screens show with more contrast
+            light *= (light @ _LUMINANCE_BT2020)[..., None] ** 0.2 * (HLG_PEAK_NITS / WHITE_NITS)
+        if frame.color_primaries != _BT709:
+            light = np.maximum(light @ _BT2020_TO_BT709.T, 0)
+        brightest = light.max(axis=2, keepdims=True)
+        beyond = np.maximum(brightest - KNEE, 0) / (1 - KNEE)
+        rolled = np.minimum(brightest, KNEE) + (1 - KNEE) * (1 - np.exp(-beyond))
+        light *= rolled / np.maximum(brightest, 1e-6)
+        pixels[start : start + 64] = to_code[(light * 65535).astype(np.uint16)]
+    return Image.fromarray(pixels)
+
+
+@functools.cache
+def _light_of_codes(curve: int) -> np.ndarray:
+    """Light of each 16-bit code, float32: of PQ on the screen, 1 for white; of HLG in the scene, 1 for its peak."""
+    code = np.linspace(0, 1, 65536)
+    if curve == _HLG:
+        a, b, c = 0.17883277, 0.28466892, 0.55991073
+        return np.where(code <= 0.5, code**2 / 3, (np.exp((code - c) / a) + b) / 12).astype(np.float32)
+    m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128
+    root = code ** (1 / m2)
+    return (10000 / WHITE_NITS * (np.maximum(root - c1, 0) / (c2 - c3 * root)) ** (1 / m1)).astype(np.float32)
+
+
+@functools.cache
+def _codes_of_light() -> np.ndarray:
+    """8-bit sRGB of light in 65536 steps."""
+    light = np.linspace(0, 1, 65536)
+    codes = np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    return np.rint(255 * codes).astype(np.uint8)
 
 
 def _orientation(frame: "av.VideoFrame") -> tuple[bool, int]:
