@@ -8,9 +8,11 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
 from birefnet_hf.augmentation import (
+    MEAN_COLOUR,
     BackgroundSynthesis,
     BicubicRotation,
     RandomCrop,
+    RandomMove,
     SaltAndPepper,
     SoftMask,
     adjust_sharpness,
@@ -42,9 +44,13 @@ def test_image_and_mask_move_together(seed):
 
 
 def test_default_moves_both_and_fills_the_image_with_the_mean():
-    move = build_augmentation("default").after_resize.transforms[2].transforms[0]
+    move = RandomMove(15, scale=(0.8, 1.25), probability=1.0)
     with seeded_random(1):
         image, moved = move(*draw_pair())
+        plain = tv_tensors.Image(torch.tensor(MEAN_COLOUR)[:, None, None].expand(3, 50, 50).clone())
+        torch.testing.assert_close(
+            move(plain, draw_pair()[1])[0].as_subclass(torch.Tensor), plain.as_subclass(torch.Tensor)
+        )
     inside = moved.as_subclass(torch.Tensor)[0] > 0.5
     assert inside.any()
     torch.testing.assert_close(image[0][inside], moved.as_subclass(torch.Tensor)[0][inside])
@@ -101,11 +107,12 @@ def test_background_synthesis():
         assert kept is soft
 
 
-def test_crop_keeps_the_object():
+@pytest.mark.parametrize("change", [RandomCrop(0.5, 1.0), RandomMove(15, (0.8, 1.25), 1.0)], ids=["crop", "move"])
+def test_the_object_stays_in(change):
     corner = SoftMask(torch.zeros(1, 40, 40))
     corner[:, 0, 0] = 1
     for seed in range(20):
         with seeded_random(seed):
-            image, cropped = RandomCrop(0.5, 1.0)(tv_tensors.Image(torch.zeros(3, 40, 40)), corner)
+            image, cropped = change(tv_tensors.Image(torch.zeros(3, 40, 40)), corner)
         assert cropped.any()
         assert image.shape[-2:] == cropped.shape[-2:]

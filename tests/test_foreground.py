@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from birefnet_hf import foreground
@@ -37,6 +38,17 @@ def test_opaque_pixels_keep_their_colours(size):
 def test_nothing_in_the_foreground_stays_finite():
     refined = refine_foreground(torch.rand(3, 40, 50), torch.zeros(1, 40, 50))
     assert refined.isfinite().all() and refined.min() >= 0 and refined.max() <= 1
+
+
+def test_colours_go_on_beside_a_hard_mask():
+    """Where alpha is 0 nothing is seen of them until the cut-out is scaled with its edge's neighbours."""
+    size = (300, 400)
+    inside = disc(*size, 2) > 0.5
+    colours = torch.tensor([0.9, 0.2, 0.1]).view(3, 1, 1), torch.tensor([0.1, 0.6, 0.9]).view(3, 1, 1)
+    image = composite(colours[0].expand(3, *size), inside.float(), colours[1])
+    refined = refine_foreground(image, inside.float())
+    beside = (F.max_pool2d(inside.float(), 7, stride=1, padding=3) > 0) & ~inside
+    assert (refined - colours[0]).abs().amax(0)[beside[0]].mean() < 0.03
 
 
 @pytest.mark.parametrize(("softness", "remaining"), [(4, 0.03), (30, 0.3)])

@@ -88,18 +88,20 @@ def _refine_coarse_to_fine(image: torch.Tensor, alpha: torch.Tensor) -> torch.Te
                 core = (slice(None), slice(top - y, top - y + tile), slice(left - x, left - x + tile))
                 picture, matte = level_image[around], level_alpha[around]
                 is_soft = bool(((matte > HALF_STEP) & (matte < 1 - HALF_STEP)).any())
+                # Without a soft pixel, too, both layers are in a coarse tile; at full resolution nothing mixes them.
+                is_mixed = is_soft or (level > 0 and bool(matte.amin() < 0.5 <= matte.amax()))
                 if level == 0 and not is_soft and bool((matte[core] > HALF_STEP).all()):
                     layers[inside] = picture[core]
                     continue
                 estimate = coarser if level == num_levels - 1 else _double(coarser, y, x, *matte.shape[-2:])
-                if is_soft:
+                if is_mixed:
                     picture, matte = picture.contiguous(), matte.contiguous()
                     for _ in range(num_passes):
                         estimate = _blur(*_correct(picture, matte, estimate), matte, WINDOW, fallback=estimate)
                 if level > 0:
                     layers[inside] = estimate[core]
                 else:
-                    colours = _correct(picture, matte, estimate)[0] if is_soft else estimate[:3]
+                    colours = _correct(picture, matte, estimate)[0] if is_mixed else estimate[:3]
                     layers[inside] = torch.where(matte[core] >= 1 - HALF_STEP, picture[core], colours[core])
     return layers
 

@@ -9,7 +9,8 @@ Two conventions decide how the prediction is prepared; a published number means 
 - `"raw"` (default): predictions are scored as they are. Constant grey stays constant grey.
 - `"upstream"`: what BiRefNet's own evaluation does (reference file `evaluation/metrics.py`). Each prediction is
   stretched to its own minimum and maximum before F, weighted F, MAE, S, E, BIoU and MSE, and MSE is taken against the
-  binarised mask. Hand over the 8-bit prediction to get upstream's numbers exactly.
+  binarised mask. Hand over the 8-bit prediction to get upstream's numbers exactly; but where its S-measure is 0 for want
+  of a variance (of a single pixel) and its HCE for a frame that is wrong throughout, theirs are those of the papers here.
 
 In both, masks are binarised at 8-bit level > 128 wherever a metric wants a binary mask (IoU, which training watches:
 above one half), and HCE, mBA, IoU, SAD, Gradient and Connectivity take the prediction without stretching.
