@@ -11,6 +11,7 @@ A thin client of `birefnet_hf`. Environment variables, all optional:
 - BIREFNET_MCP=1: serve the endpoints as tools of the Model Context Protocol, too (needs gradio[mcp]).
 """
 
+import asyncio
 import atexit
 import contextlib
 import gc
@@ -29,6 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 
 # Everything that visitors send and get lies in one folder that only this process's user may read, and that is removed
@@ -52,7 +54,7 @@ from PIL import Image, ImageColor  # noqa: E402
 from birefnet_hf import BackgroundRemovalPipeline, load_pipeline  # noqa: E402
 from birefnet_hf.checkpoints_birefnet import CHECKPOINTS, Checkpoint, get_checkpoint  # noqa: E402
 from birefnet_hf.foreground import parse_background  # noqa: E402
-from birefnet_hf.image_loading import is_url, load_image, save_image  # noqa: E402
+from birefnet_hf.image_loading import ImageLoadError, fetch, is_url, load_image, save_image  # noqa: E402
 from birefnet_hf.pipeline_birefnet import render_picture  # noqa: E402
 from birefnet_hf.video import VideoError, iterate_video, probe_video  # noqa: E402
 
@@ -60,18 +62,30 @@ from birefnet_hf.video import VideoError, iterate_video, probe_video  # noqa: E4
 logger = logging.getLogger(__name__)
 
 FALLBACK_MODEL = "nano"
-DEFAULT_MODEL = os.environ.get("BIREFNET_MODEL", FALLBACK_MODEL)
-MAX_PIXELS = int(os.environ.get("BIREFNET_MAX_PIXELS", 50_000_000))
-MAX_FILE_MB = int(os.environ.get("BIREFNET_MAX_FILE_MB", 100))
-MAX_FILES = int(os.environ.get("BIREFNET_MAX_FILES", 50))
-MAX_SECONDS = float(os.environ.get("BIREFNET_MAX_SECONDS", 60))
+DEFAULT_MODEL = os.environ.get("BIREFNET_MODEL") or FALLBACK_MODEL
+
+
+def read_number(name: str, default: float) -> float:
+    """A number above 0 from the environment; SystemExit names a variable that holds none."""
+    text = os.environ.get(name) or str(default)
+    with contextlib.suppress(ValueError):
+        if (number := float(text)) > 0:
+            return number
+    raise SystemExit(f"{name}={text!r} must be a number above 0.")
+
+
+MAX_PIXELS = int(read_number("BIREFNET_MAX_PIXELS", 50_000_000))
+MAX_FILE_MB = read_number("BIREFNET_MAX_FILE_MB", 100)
+MAX_FILE_BYTES = int(MAX_FILE_MB * 2**20)
+MAX_FILES = int(read_number("BIREFNET_MAX_FILES", 50))
+MAX_SECONDS = read_number("BIREFNET_MAX_SECONDS", 60)
 MAX_FRAME_PIXELS = 4096 * 2304
 # Of computing a video, for which others wait: large frames take seconds each on a CPU.
-MAX_MINUTES = float(os.environ.get("BIREFNET_MAX_MINUTES", 15))
+MAX_MINUTES = read_number("BIREFNET_MAX_MINUTES", 15)
 URL_TIMEOUT = 20.0
 # How long a model that could not be loaded is not tried again: giving up on a network takes a minute or more.
 RETRY_SECONDS = 300
-KEEP_SECONDS = int(os.environ.get("BIREFNET_KEEP_SECONDS", 3600))
+KEEP_SECONDS = int(read_number("BIREFNET_KEEP_SECONDS", 3600))
 MAX_WAITING = 32
 
 OWN_SIZE = "Model's own"
@@ -265,8 +279,21 @@ def read_colour(text: str) -> tuple[int, int, int]:
 def check_file_size(path: str) -> None:
     if not os.path.exists(path):
         raise gr.Error("The file was kept for too short a time here: choose it again.")
-    if os.path.getsize(path) > MAX_FILE_MB * 2**20:
-        raise gr.Error(f"{Path(path).name} is larger than the {MAX_FILE_MB} MB allowed.")
+    if os.path.getsize(path) > MAX_FILE_BYTES:
+        raise gr.Error(f"{Path(path).name} is larger than the {MAX_FILE_MB:g} MB allowed.")
+
+
+async def download(url: str, cache_dir: str) -> str:
+    """What Gradio does with an address in a field for files (of its API), but within the limits of size and time."""
+    try:
+        content = await asyncio.to_thread(fetch, url, timeout=URL_TIMEOUT, max_bytes=MAX_FILE_BYTES)
+    except ImageLoadError as error:
+        raise gr.Error(html.escape(str(error), quote=False)) from error
+    folder = Path(tempfile.mkdtemp(dir=cache_dir))
+    name = re.sub(r"[^\w.-]+", "_", Path(urlsplit(url).path).name).strip(".")
+    path = folder / (name[-60:] or "file")
+    path.write_bytes(content)
+    return str(path)
 
 
 def read_photo(source: str) -> Image.Image:
@@ -274,7 +301,7 @@ def read_photo(source: str) -> Image.Image:
     if not is_url(source):
         check_file_size(source)
     try:
-        return load_image(source, timeout=URL_TIMEOUT, max_bytes=MAX_FILE_MB * 2**20, max_pixels=MAX_PIXELS)
+        return load_image(source, timeout=URL_TIMEOUT, max_bytes=MAX_FILE_BYTES, max_pixels=MAX_PIXELS)
     except ValueError as error:
         # A visitor knows their file by its name, not by the folder it lies in here.
         message = str(error) if is_url(source) else str(error).replace(source, Path(source).name)
@@ -422,7 +449,7 @@ def cut_out_batch(
     results, failures = [], []
     for index, (file, target) in enumerate(zip(files, _unique_names(files), strict=True)):
         title = Path(file).name
-        yield gr.skip(), gr.skip(), f"{index} of {len(files)} photos…"
+        yield results or gr.skip(), gr.skip(), f"{index} of {len(files)} photos…"
         try:
             result, _ = compute(read_photo(file), options)
         except gr.Error as error:
@@ -453,6 +480,16 @@ def _unique_names(files: list[str]) -> list[str]:
             name = f"{stem} ({number})"
         names[name.casefold()] = f"{name}.png"
     return list(names.values())
+
+
+def stop_batch(pictures: list[tuple[str, str]] | None) -> tuple[str | None, str]:
+    """What is left of a batch that was stopped: the results that are there, as a ZIP, and a report."""
+    if not pictures:
+        return None, "Stopped."
+    folder = request_folder()
+    for path, name in pictures:
+        shutil.copyfile(path, folder / Path(name).name)
+    return _zip(folder, [Path(name).name for _, name in pictures]), f"Stopped: {len(pictures)} done."
 
 
 def _zip(folder: Path, names: list[str]) -> str:
@@ -635,11 +672,6 @@ def run_settings(result: gr.components.Component) -> dict[str, Any]:
     }
 
 
-def let_stop(button: gr.Button, runs: list[Any], notice: gr.Markdown) -> None:
-    """Has the button end the runs after the picture that they are at, and say so in the notice."""
-    button.click(lambda: "Stopped.", None, notice, cancels=runs, queue=False, api_visibility="private")
-
-
 def image_tab() -> None:
     with gr.Row():
         with gr.Column():
@@ -680,7 +712,9 @@ def image_tab() -> None:
         trigger_mode="always_last",  # another photo while one is in work is not lost
         **shared,
     )
-    examples.load_input_event.then(cut_out_image, inputs, outputs, api_visibility="private", **shared)
+    examples.load_input_event.then(
+        cut_out_image, inputs, outputs, api_visibility="private", trigger_mode="always_last", **shared
+    )
     # A photo and an address never stand there together, or it would not be clear which one is meant.
     # `change`, since Gradio's `input` misses the first event, and so an address that is pasted.
     url.change(None, [url, photo], photo, js="(url, photo) => url ? null : photo", api_visibility="private")
@@ -700,6 +734,7 @@ def batch_tab() -> None:
         with gr.Column():
             gallery = gr.Gallery(
                 label="Results",
+                type="filepath",
                 format="png",
                 columns=2,
                 object_fit="contain",
@@ -714,7 +749,7 @@ def batch_tab() -> None:
         start.click(cut_out_batch, inputs, outputs, api_name="cut_out_batch", **shared),
         examples.load_input_event.then(cut_out_batch, inputs, outputs, api_visibility="private", **shared),
     ]
-    let_stop(stop, runs, report)
+    stop.click(stop_batch, gallery, [archive, report], cancels=runs, queue=False, api_visibility="private")
 
 
 def video_tab() -> None:
@@ -740,7 +775,9 @@ def video_tab() -> None:
         start.click(cut_out_clip, inputs, outputs, api_name="cut_out_video", **shared),
         examples.load_input_event.then(cut_out_clip, inputs, outputs, api_visibility="private", **shared),
     ]
-    let_stop(stop, runs, notice)
+    stopped = stop.click(lambda: "Stopped.", None, notice, cancels=runs, queue=False, api_visibility="private")
+    # Gradio may end a stopped run with an error that says nothing, which this takes away.
+    stopped.then(lambda: None, None, result, queue=False, api_visibility="private")
 
 
 def build_app() -> gr.Blocks:
@@ -764,9 +801,10 @@ def launch(app: gr.Blocks, **options: Any) -> Any:
         "css": CSS,
         "js": SCRIPT,
         "theme": THEME,
-        "max_file_size": MAX_FILE_MB * 2**20,
+        "max_file_size": MAX_FILE_BYTES,
         "mcp_server": os.environ.get("BIREFNET_MCP") == "1",
     }
+    gr.processing_utils.async_ssrf_protected_download = download
     threading.Thread(target=sweep_forever, daemon=True).start()
     return app.launch(**(settings | options))
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import base64
+import contextlib
+import http.server
 import importlib.util
 import inspect
 import os
@@ -12,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 import zipfile
@@ -359,9 +362,48 @@ def test_files_above_the_limit_are_refused(app, client, photo, tmp_path, monkeyp
     large.write_bytes(bytes(6 * 2**20))
     with pytest.raises(Exception, match="size"):
         client.predict(gradio_client.handle_file(large), api_name="/cut_out")
-    monkeypatch.setattr(app, "MAX_FILE_MB", 0)  # whatever way a file came
-    with pytest.raises(gr.Error, match="larger than the 0 MB"):
+    monkeypatch.setattr(app, "MAX_FILE_BYTES", 0)  # whatever way a file came
+    with pytest.raises(gr.Error, match="larger than the 100 MB"):
         app.cut_out_image(str(photo))
+
+
+def test_an_endless_address_as_a_file_is_given_up(app, client, monkeypatch):
+    """Gradio would fetch it all, into memory first."""
+    from birefnet_hf import image_loading
+
+    sent = 0
+
+    class Endless(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            nonlocal sent
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while sent < 2**28:
+                    sent += self.wfile.write(bytes(2**16))
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr(app, "MAX_FILE_BYTES", 2**20)
+    monkeypatch.setattr(image_loading, "_is_public", lambda address: True)  # the one address that a test can have
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/a.png"
+        file = {"path": address, "url": address, "meta": {"_type": "gradio.FileData"}}
+        with pytest.raises(Exception, match="larger than the 1048576 bytes"):
+            client.predict(file, api_name="/cut_out")
+        server.shutdown()
+    assert 2**20 < sent < 2**26
+
+
+@pytest.mark.parametrize("value", ["many", "0", "-1", "nan"])
+def test_a_limit_that_is_no_number_is_named(app, monkeypatch, value):
+    monkeypatch.setenv("BIREFNET_MAX_FILE_MB", value)
+    with pytest.raises(SystemExit, match="BIREFNET_MAX_FILE_MB"):
+        app.read_number("BIREFNET_MAX_FILE_MB", 100)
+    monkeypatch.setenv("BIREFNET_MAX_FILE_MB", "")
+    assert app.read_number("BIREFNET_MAX_FILE_MB", 100) == 100
 
 
 def test_a_redirect_to_a_private_address_is_refused(app, monkeypatch):

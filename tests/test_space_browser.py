@@ -1,5 +1,6 @@
 """The Space in a real headless Chromium: what a visitor does, down to the file on their disk."""
 
+import re
 import shutil
 import time
 import zipfile
@@ -265,6 +266,40 @@ def test_a_phone_shows_everything_and_a_bad_address_a_message(browser, url, sche
     page.get_by_placeholder("https://").fill("http://127.0.0.1/a.png")
     page.locator("#start-image").click()
     toast(page, "not public")
+
+
+def test_the_example_clicked_last_is_the_one_that_is_shown(visitors, url, app, monkeypatch):
+    real = app.compute
+
+    def slowly(*arguments):
+        time.sleep(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(app, "compute", slowly)
+    page = open_page(visitors, url)
+    page.get_by_role("button", name="coffee").click()
+    page.wait_for_timeout(300)
+    page.get_by_role("button", name="shuttle").click()
+    page.locator("#image-file").get_by_text("shuttle").wait_for()
+
+
+def test_a_stopped_batch_keeps_what_is_done(visitors, url, app, tmp_path, monkeypatch):
+    real = app.compute
+
+    def slowly(*arguments):
+        time.sleep(1.5)
+        return real(*arguments)
+
+    monkeypatch.setattr(app, "compute", slowly)
+    page = open_page(visitors, url, "Batch")
+    upload(page, "#batch-input", [make_photo(tmp_path / f"{number}.png") for number in range(20)])
+    page.locator("#start-batch").click()
+    page.locator("#batch-report").get_by_text("2 of 20 photos").wait_for()
+    page.locator("#gallery img").nth(1).wait_for()
+    page.locator("#stop-batch").click()
+    page.locator("#batch-report").get_by_text(re.compile("Stopped: [23] done")).wait_for()
+    with zipfile.ZipFile(download(page, "#batch-file", tmp_path / "stopped.zip")) as archive:
+        assert archive.namelist()[:2] == ["0.png", "1.png"] and len(archive.namelist()) in (2, 3)
 
 
 def test_who_stops_or_leaves_ends_the_video(visitors, url, app, tmp_path, monkeypatch):

@@ -353,6 +353,28 @@ def test_a_video_is_never_replaced_by_its_result(tmp_path):
 
 
 @pytest.mark.slow
+def test_long_sound_beside_a_short_picture_is_refused(tmp_path):
+    """Its header says nothing of a length; while there is sound alone, who asks for frames is answered too."""
+    source = tmp_path / "clip.mkv"
+    with av.open(str(source), "w", options={"live": "1"}) as container:
+        video = container.add_stream("libx264", rate=10)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        audio = container.add_stream("flac", rate=8000, layout="mono")
+        container.mux(video.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")))
+        container.mux(video.encode(None))
+        for second in range(30):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.int16), format="s16", layout="mono")
+            frame.rate, frame.pts, frame.time_base = 8000, 8000 * second, Fraction(1, 8000)
+            container.mux(audio.encode(frame))
+        container.mux(audio.encode(None))
+    assert probe_video(source).seconds is None
+    steps = list(video_module.iterate_video(source, tmp_path / "all.webm", brightness_mask))
+    assert len(steps) >= 25 and {done for done, _ in steps} <= {0, 1}
+    with pytest.raises(VideoError, match="sound is longer than the 5 s"):
+        cut_out_video(source, tmp_path / "out.webm", brightness_mask, max_seconds=5)
+    assert not (tmp_path / "out.webm").exists()
+
+
 def test_memory_does_not_grow_with_the_length(tmp_path):
     """Peak memory of a fresh process after 20, 60 and 200 frames of 640×480 pixels."""
     script = tmp_path / "measure.py"

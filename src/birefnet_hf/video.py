@@ -217,7 +217,8 @@ def iterate_video(
     Who stops asking and closes the iterator, or lets go of it, ends the work; then there is no target.
 
     Yields:
-        The number of frames done and the estimated number of all (0: unknown). The target is there after the last.
+        The number of frames done and the estimated number of all (0: unknown), after each frame and second of sound. The
+        target is there after the last.
     """
     import av
 
@@ -319,9 +320,13 @@ def _transcode(
     step = max(1, round(1 / (rate * time_base)))  # between frames whose times the file does not say
     count, last_pts = 0, -step
     resampler, sound_form = None, None
+    heard = told = 0.0  # seconds of sound
 
-    def send_sound(heard: "av.AudioFrame | None") -> None:
-        for resampled in resampler.resample(heard) if resampler is not None else ():
+    def done_of_all() -> tuple[int, int]:
+        return count, max(info.num_frames, count) if info.num_frames else 0
+
+    def send_sound(frame: "av.AudioFrame | None") -> None:
+        for resampled in resampler.resample(frame) if resampler is not None else ():
             writer.mux(sound.encode(resampled))
 
     for frame in _decode(reader, [video] if audio is None else [video, audio]):
@@ -334,6 +339,12 @@ def _transcode(
                 coder = sound.codec_context
                 resampler, sound_form = av.AudioResampler(coder.format, coder.layout, coder.sample_rate), form
             send_sound(frame)
+            heard += frame.samples / frame.sample_rate
+            if max_seconds is not None and heard > max_seconds + 1:
+                raise VideoError(f"The sound is longer than the {max_seconds:g} s allowed; cut it first.")
+            if heard >= told + 1:  # so that who waits can give up
+                told = heard
+                yield done_of_all()
             continue
         pts = last_pts + step if frame.pts is None else frame.pts - round(start / time_base)
         pts = max(pts, last_pts + 1, 0)  # encoders want times that grow
@@ -353,7 +364,7 @@ def _transcode(
             encoded.duration = frame.duration
         writer.mux(picture.encode(encoded))
         count, last_pts = count + 1, pts
-        yield count, max(info.num_frames, count) if info.num_frames else 0
+        yield done_of_all()
     if count:
         writer.mux(picture.encode(None))
         if sound is not None:
