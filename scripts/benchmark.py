@@ -305,8 +305,11 @@ class Worker:
 def run_rows(rows: Sequence[Row], rounds: int) -> list[Row]:
     """Measures all rows `rounds` times in turn. Returns those that ran, with their results."""
     for row in rows:
-        if row["backend"] in RUNTIMES and not Path(row["exported"]).is_dir():
-            Worker(row | {"task": "export"}).finish()
+        if row["backend"] in RUNTIMES and not (Path(row["exported"]) / ONNX_FILE_NAMES[torch.float32]).is_file():
+            try:
+                Worker(row | {"task": "export"}).finish()
+            except RuntimeError as error:  # its rows will fail, and the others are worth having
+                print(error, file=sys.stderr)
     for _ in range(rounds):
         workers = map(Worker, rows)  # each starts when it is its turn
         if rows[0]["device"] == "cuda":
@@ -349,7 +352,7 @@ def print_table(rows: Sequence[Row]) -> None:
         digits = 4 if row["device"] == "cuda" else 2
         seconds = " | ".join(f"{row[name]:.{digits}f}" for name in ("median_s", "min_s", "cpu_s"))
         print(
-            f"| {row['name']} | {row['dtype']} | {row['batch_size']}×{row['size']}² | {seconds} "
+            f"| {row['name']} | {'bfloat16 autocast' if row['autocast'] else row['dtype']} | {row['batch_size']}×{row['size']}² | {seconds} "
             f"| {row['images_per_s']:.3f} | {row['peak_gb']:.2f} | {difference} |"
         )
 
@@ -413,6 +416,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit("--device cuda: PyTorch sees no GPU here.")
     if args.task == "train" and args.dtypes != ["float32"]:
         raise SystemExit("Training is measured in float32, or with --autocast.")
+    if args.task == "inference" and args.autocast:
+        raise SystemExit("--autocast is for training; inference is measured in --dtypes bfloat16.")
+    if "float32" not in args.dtypes and set(args.backends) & set(RUNTIMES):
+        raise SystemExit(f"--backends {' '.join(RUNTIMES)} are measured in float32: add it to --dtypes.")
+    if min(args.repeats, args.rounds, args.batch_size) < 1:
+        raise SystemExit("--repeats, --rounds and --batch-size are at least 1.")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise SystemExit(f"--json {args.json}: there is no folder {args.json.parent}.")
     if args.autocast and args.reference is not None and args.device == "cpu":
         raise SystemExit(
             "--autocast with --reference is for --device cuda: its deformable convolution has it there alone."

@@ -10,6 +10,7 @@ so that other BiRefNet tools keep loading them, config.json and preprocessor_con
 """
 
 import argparse
+import functools
 import json
 import logging
 import sys
@@ -24,7 +25,13 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
 from birefnet_hf.checkpoints_birefnet import get_checkpoint
-from birefnet_hf.conversion_birefnet import IGNORED_TENSORS, infer_architecture, load_state_dict_file
+from birefnet_hf.conversion_birefnet import (
+    IGNORED_TENSORS,
+    SAFETENSORS_INDEX_NAME,
+    SAFETENSORS_NAME,
+    infer_architecture,
+    load_state_dict_file,
+)
 from birefnet_hf.image_loading import staged_files
 
 
@@ -59,7 +66,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def find_weights(path: Path) -> Path:
-    """The weights file that `path` is or holds.
+    """The weights file that `path` is or holds; of one in several files their index.
 
     Raises:
         FileNotFoundError: there is none, or more than one.
@@ -68,8 +75,9 @@ def find_weights(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise FileNotFoundError(f"{path} does not exist.")
-    candidates = [path / "model.safetensors"]
-    if not candidates[0].is_file():
+    named = [path / SAFETENSORS_NAME, path / SAFETENSORS_INDEX_NAME]
+    candidates = [file for file in named if file.is_file()][:1]
+    if not candidates:
         candidates = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".pth", ".pt", ".bin"))
     if len(candidates) != 1:
         raise FileNotFoundError(
@@ -77,6 +85,27 @@ def find_weights(path: Path) -> Path:
             f"{[file.name for file in candidates]}."
         )
     return candidates[0]
+
+
+def load_tensors(weights: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a weights file, or of those that an index names.
+
+    Raises:
+        OSError: a file is missing, damaged or holds something else.
+        ValueError: a number is not finite.
+    """
+    files = [weights]
+    if weights.suffix == ".json":
+        files = sorted(
+            {weights.parent / name for name in json.loads(weights.read_text(encoding="utf-8"))["weight_map"].values()}
+        )
+    state_dict = {name: tensor for file in files for name, tensor in load_state_dict_file(file).items()}
+    for name, tensor in state_dict.items():
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{weights}: {name} has numbers that are not finite; the training it comes from went wrong."
+            )
+    return state_dict
 
 
 def own_settings(path: Path) -> dict[str, object]:
@@ -102,8 +131,15 @@ def build(
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
     config = BiRefNetConfig(**infer_architecture(shapes, source) | overrides)
+    # Of several precisions the one that holds all.
+    dtypes = [tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()]
     model, info = BiRefNetForImageSegmentation.from_pretrained(
-        None, config=config, state_dict=state_dict, output_loading_info=True, ignore_mismatched_sizes=True
+        None,
+        config=config,
+        state_dict=state_dict,
+        dtype=functools.reduce(torch.promote_types, dtypes),
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
     )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[problem]:
@@ -121,7 +157,7 @@ def check_saved(folder: Path, state_dict: dict[str, torch.Tensor], model: torch.
     saved = load_file(folder / "model.safetensors")
     expected = {name: tensor for name, tensor in state_dict.items() if not IGNORED_TENSORS.search(name)}
     for name, tensor in expected.items():
-        if name not in saved or not torch.equal(saved[name], tensor):
+        if name not in saved or not torch.equal(saved[name], tensor.to(saved[name].dtype)):
             raise RuntimeError(f"{name} was not saved as it was read.")
     loaded = AutoModelForImageSegmentation.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
@@ -149,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         weights = find_weights(arguments.input)
-        state_dict = load_state_dict_file(weights)
+        state_dict = load_tensors(weights)
         checkpoint = get_checkpoint(str(arguments.input))
         folder = arguments.input if arguments.input.is_dir() else arguments.input.parent
         overrides = own = own_settings(folder)
@@ -165,8 +201,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = build(
             state_dict, str(weights), {name: value for name, value in overrides.items() if value is not None}
         )
-        if own and arguments.size is None and (folder / IMAGE_PROCESSOR_NAME).is_file():
-            processor = BiRefNetImageProcessor.from_pretrained(folder)
+        if own and (folder / IMAGE_PROCESSOR_NAME).is_file():
+            resize = {"size": {"height": size[0], "width": size[1]}} if arguments.size else {}
+            processor = BiRefNetImageProcessor.from_pretrained(folder, **resize)
         elif size is not None:
             processor = BiRefNetImageProcessor(size={"height": size[0], "width": size[1]})
         elif checkpoint is not None:
@@ -190,7 +227,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model.save_pretrained(folder)
             processor.save_pretrained(folder)
             check_saved(folder, state_dict, model, arguments.verify)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         logger.error("%s could not be written: %s", output_dir, error)
         return 1
     logger.info("Saved to %s.", output_dir)

@@ -84,3 +84,18 @@ def test_backends_of_the_other_task(benchmark):
         benchmark.main(["--backends", "checkpointing"])
     with pytest.raises(SystemExit, match="for inference"):
         benchmark.main(["train", "--backends", "onnxruntime"])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--autocast"], "is for training"),
+        (["--backends", "onnxruntime", "--dtypes", "bfloat16"], "add it to --dtypes"),
+        (["--repeats", "0"], "at least 1"),
+        (["--json", "nowhere/numbers.json"], "there is no folder nowhere"),
+    ],
+    ids=str,
+)
+def test_options_without_effect(benchmark, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        benchmark.main(arguments)

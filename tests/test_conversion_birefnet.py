@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -245,6 +246,42 @@ def test_conversion_script_on_the_network_of_the_package(tmp_path):
     for names in settings:
         del names["_name_or_path"]
     assert settings[0] == settings[1]
+
+
+def test_conversion_to_another_size_keeps_the_normalisation(tmp_path):
+    assert run_script("convert_checkpoint.py", NANO, tmp_path / "small", "--size", "64", "96", "--verify") == 0
+    before, after = (BiRefNetImageProcessor.from_pretrained(folder) for folder in (NANO, tmp_path / "small"))
+    assert (after.size.height, after.size.width) == (64, 96)
+    assert after.image_mean == before.image_mean == (0.5,) * 3 and after.image_std == before.image_std
+
+
+def test_conversion_script_on_several_files_and_precisions(tiny_model_dir, tmp_path, caplog):
+    model = BiRefNetForImageSegmentation.from_pretrained(tiny_model_dir)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="50KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert run_script("convert_checkpoint.py", tmp_path / "shards", tmp_path / "joined") == 0
+    tensors = load_file(tiny_model_dir / "model.safetensors")
+    joined = load_file(tmp_path / "joined" / "model.safetensors")
+    assert joined.keys() == tensors.keys() and all(torch.equal(joined[name], tensors[name]) for name in tensors)
+
+    mixed = {
+        name: tensor if "norm" in name else tensor.half()
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point()
+    }
+    mixed |= {name: tensor for name, tensor in tensors.items() if name not in mixed}
+    torch.save({"net": mixed, "epoch": 3}, tmp_path / "mixed.pth")
+    assert run_script("convert_checkpoint.py", tmp_path / "mixed.pth", tmp_path / "mixed") == 0
+    assert BiRefNetForImageSegmentation.from_pretrained(tmp_path / "mixed").dtype == torch.float32
+
+    name = next(iter(tensors))
+    torch.save(tensors | {name: tensors[name] * torch.nan}, tmp_path / "broken.pth")
+    torch.save({"weights": tensors, "epoch": 3}, tmp_path / "nested.pth")
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    for file, message in (("broken", "not finite"), ("nested", r"\(weights, epoch\)"), ("own", "package's own model")):
+        caplog.clear()
+        assert run_script("convert_checkpoint.py", tmp_path / f"{file}.pth", tmp_path / "out") == 1
+        assert re.search(message, caplog.text) and not (tmp_path / "out").exists()
 
 
 def test_conversion_script_on_a_saved_directory_keeps_its_settings(tiny_model_dir, tmp_path):

@@ -212,6 +212,31 @@ def test_a_file_that_computes_something_else_is_not_kept(exported_dir, tmp_path,
     assert list(output.parent.iterdir()) == []
 
 
+def test_float16_is_checked_where_nothing_is_seen(tmp_path, monkeypatch):
+    """On pictures without an object alpha is 0, whatever a graph makes of them."""
+
+    class Exported:
+        def __init__(self, logits):
+            self.logits = logits
+
+        def __call__(self, pictures):
+            return self
+
+    expected = torch.linspace(-11, -7, 64).view(1, 1, 8, 8)
+    for logits, passes in ((expected + 0.01, True), (torch.full_like(expected, -20), False), (2 * expected, False)):
+        monkeypatch.setattr(
+            export_onnx.BiRefNetOnnxForImageSegmentation,
+            "from_pretrained",
+            lambda *_, result=logits, **__: Exported(result),
+        )
+        arguments = (expected, torch.zeros(1, 1, 3, 8, 8), tmp_path, "model_fp16.onnx", "onnxruntime")
+        if passes:
+            export_onnx.check(*arguments)
+        else:
+            with pytest.raises(export_onnx.ExportError, match="logits on average"):
+                export_onnx.check(*arguments)
+
+
 def test_output_of_another_network_is_left_alone(exported_dir, network_dir, copy_of, caplog):
     output = copy_of(exported_dir)
     before = (output / "model.onnx").read_bytes()

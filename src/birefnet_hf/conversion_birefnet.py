@@ -260,7 +260,7 @@ def load_state_dict_file(path: Path) -> dict[str, torch.Tensor]:
             raise
         except Exception as error:  # zip, pickle and runtime errors, depending on the damage
             raise OSError(f"{path} is not a readable PyTorch weights file: {error}") from error
-        for key in ("state_dict", "model", "model_state_dict"):
+        for key in ("state_dict", "model", "model_state_dict", "module", "net"):
             if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
                 content = content[key]
     else:
@@ -272,7 +272,11 @@ def load_state_dict_file(path: Path) -> dict[str, torch.Tensor]:
         except Exception as error:
             raise OSError(f"{path} is not a readable safetensors file: {error}") from error
     if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise OSError(f"{path} holds {type(content).__name__}, not a dictionary of tensors.")
+        kind = type(content).__name__
+        if isinstance(content, Mapping):
+            other = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
+            kind = f"a dictionary with other things ({', '.join(other[:5])})"
+        raise OSError(f"{path} holds {kind}, not a dictionary of tensors alone.")
     renamed = strip_training_prefixes(content)
     return {renamed[name]: tensor for name, tensor in content.items()}
 
@@ -326,6 +330,11 @@ def infer_architecture(shapes: Mapping[str, tuple[int, ...]], source: str = "the
 
 def _refuse_foreign_files(shapes: Shapes, source: str) -> None:
     """Raises a ValueError that names the cause for files that no setting of this network can load."""
+    if any(name.startswith("backbone.") for name in shapes) and any(name.startswith("decoder.") for name in shapes):
+        raise ValueError(
+            f"{source} seems to hold the state dict of this package's own model, whose names files do not have: build the "
+            "model, load it with `load_state_dict`, and write a directory with `save_pretrained`."
+        )
     if not any(name.startswith("bb.") for name in shapes) or not any(name.startswith("decoder.") for name in shapes):
         raise ValueError(
             f"{source} is not a BiRefNet checkpoint: no tensor is named bb.* and decoder.* "
