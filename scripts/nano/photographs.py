@@ -1,11 +1,13 @@
 """Makes training data of photographs that another network cuts out: pairs of picture and mask, cut-outs, backgrounds.
 
-    python scripts/nano/photographs.py BIRDS_DIR DEBIAN_DIR ISNET_DIR OUTPUT_DIR
+    python scripts/nano/photographs.py ISNET_DIR OUTPUT_DIR birds=BIRDS_DIR objects=DEBIAN_DIR
+    python scripts/nano/photographs.py ISNET_DIR OUTPUT_DIR cats=CATS_DIR people=PEOPLE_DIR clothes=CLOTHES_DIR
 
-SOURCES.md says what the folders hold. OUTPUT_DIR/training/{birds/im,birds/gt,objects/im,objects/gt,cutouts,backgrounds} is
-to be trained on, OUTPUT_DIR/validation/{im,gt} held out: one photograph in ten. Needs OpenVINO.
+SOURCES.md says what the folders hold. OUTPUT_DIR/training/{KIND/im,KIND/gt,cutouts,backgrounds} is to be trained on,
+OUTPUT_DIR/validation/KIND/{im,gt} held out: one photograph in ten. Needs OpenVINO.
 """
 
+import csv
 import io
 import json
 import struct
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import openvino
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from birefnet_hf.foreground import cut_out
@@ -27,8 +29,10 @@ GCOMPRIS = "usr/share/gcompris-qt/rcc"
 ACTIVITIES = ["categorization", "erase", "explore_farm_animals", "explore_monuments", "explore_world_animals"]
 SIDE = 1024  # of what IS-Net sees
 LEAST_BACKGROUND = 288  # pixels, the shorter side
-# Looked at: a goose without its head, and one spoon beside knife and fork.
-UNCLEAR = {"branta-canadensis", "categorization_knife"}
+CATS_FRAME = 9  # pixels
+CLOTHES = 400
+# Looked at: a goose without its head, one spoon beside knife and fork, and cats with a branch or a shadow or half transparent.
+UNCLEAR = {"branta-canadensis", "categorization_knife", "cat_203", "cat_214", "cat_301", "cat_307", "cat_309"}
 
 
 def read_resources(path: Path) -> dict[str, bytes]:
@@ -59,6 +63,28 @@ def birds(folder: Path) -> list[tuple[str, Path]]:
     return [(path.parent.name, path) for path in sorted(folder.glob("birds/*/large.jpg"))]
 
 
+def cats(folder: Path) -> list[tuple[str, Path]]:
+    """Names and files of the cats, great and small; those whose numbers begin with 4 to 6 are altered ones."""
+    return [(f"cat_{path.stem}", path) for path in sorted(folder.glob("image_files/*/[123]??.*"))]
+
+
+def people(folder: Path) -> list[tuple[str, Path]]:
+    """Names and files of the portraits, in checkouts of both repositories."""
+    return [(path.stem, path) for path in sorted(folder.rglob("headshots/1024x1024/*.jpg"))]
+
+
+def clothes(folder: Path) -> list[tuple[str, Path]]:
+    """Names and files of CLOTHES pieces of clothing, of each kind alike as far as there are any."""
+    kinds: dict[str, list[str]] = {}
+    with (folder / "images.csv").open() as file:
+        for row in sorted(csv.DictReader(file), key=lambda row: row["image"]):
+            kinds.setdefault(row["label"], []).append(row["image"])
+    kinds.pop("Skip")
+    order = sorted((place, kind, name) for kind, names in kinds.items() for place, name in enumerate(names))
+    files = [(name, folder / "images" / f"{name}.jpg") for _, _, name in order[:CLOTHES]]
+    return [(name, path) for name, path in files if path.exists()]
+
+
 def gcompris(folder: Path) -> list[tuple[str, io.BytesIO]]:
     """Names and files of the photographs in the packages' activities."""
     found = []
@@ -67,6 +93,10 @@ def gcompris(folder: Path) -> list[tuple[str, io.BytesIO]]:
             if name.endswith(".webp") and len(content) > 6000:  # no icons
                 found.append((f"{activity}_{Path(name).stem}", io.BytesIO(content)))
     return found
+
+
+# What photographs.py takes as KIND=FOLDER.
+KINDS = {"birds": birds, "objects": gcompris, "cats": cats, "people": people, "clothes": clothes}
 
 
 def read_isnet(folder: Path) -> openvino.CompiledModel:
@@ -107,34 +137,38 @@ def beside(mask: Image.Image) -> tuple[int, int, int, int] | None:
     return max(sides, key=lambda side: (side[2] - side[0]) * (side[3] - side[1]), default=None)
 
 
-def cut_outs(isnet: openvino.CompiledModel, photographs: list) -> Iterator[tuple[str, Image.Image, Image.Image]]:
-    """Names, pictures and masks of those with a clear object."""
-    for name, file in tqdm(photographs, desc="Photographs"):
+def cut_outs(
+    isnet: openvino.CompiledModel, photographs: dict[str, tuple[str, Path | io.BytesIO]]
+) -> Iterator[tuple[str, str, Image.Image, Image.Image]]:
+    """Names, kinds, pictures and masks of those with a clear object."""
+    for name, (kind, file) in tqdm(photographs.items(), desc="Photographs"):
         image = load_image(file)
         image.thumbnail((SIDE, SIDE))
         mask = draw_mask(isnet, image)
-        if name not in UNCLEAR and is_clear(mask):
-            yield name, image, decide(mask)
+        if name in UNCLEAR or not is_clear(mask):
+            continue
+        if kind == "cats":  # without the white line around them
+            image, mask = ImageOps.crop(image, CATS_FRAME), ImageOps.crop(mask, CATS_FRAME)
+        yield name, kind, image, decide(mask)
 
 
-def main(birds_folder: str, debian: str, isnet_folder: str, output: str) -> None:
+def main(isnet_folder: str, output: str, *sources: str) -> None:
     training, validation = Path(output) / "training", Path(output) / "validation"
-    for folder in (training / "birds", training / "objects", validation):
-        for name in ("im", "gt"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
+    photographs = {}
+    for source in sources:
+        kind, _, folder = source.partition("=")
+        photographs |= {name: (kind, file) for name, file in KINDS[kind](Path(folder))}
+        for pairs in (training / kind, validation / kind):
+            for name in ("im", "gt"):
+                (pairs / name).mkdir(parents=True, exist_ok=True)
     for name in ("cutouts", "backgrounds"):
         (training / name).mkdir(parents=True, exist_ok=True)
 
-    objects = gcompris(Path(debian))
-    photographs = birds(Path(birds_folder)) + objects
-    kinds = dict.fromkeys((name for name, _ in photographs), "birds") | dict.fromkeys(
-        (name for name, _ in objects), "objects"
-    )
-    held_out = {name for name, _ in photographs[::10]}
+    held_out = set(list(photographs)[::10])
     used = 0
-    for name, image, mask in cut_outs(read_isnet(Path(isnet_folder)), photographs):
+    for name, kind, image, mask in cut_outs(read_isnet(Path(isnet_folder)), photographs):
         used += 1
-        pairs = validation if name in held_out else training / kinds[name]
+        pairs = (validation if name in held_out else training) / kind
         image.save(pairs / "im" / f"{name}.jpg", quality=95)
         mask.save(pairs / "gt" / f"{name}.png")
         if name in held_out:
