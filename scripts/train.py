@@ -310,7 +310,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--data and --output-dir are required")
     arguments.output_dir = arguments.output_dir.expanduser()
     for name in PATHS:  # which the shell leaves alone in a file of settings
-        if (given := getattr(arguments, name)) and given.startswith("~"):
+        if given := getattr(arguments, name):
             setattr(arguments, name, os.path.expanduser(given))
     if config and config.resolve() == (arguments.output_dir / "config.json").resolve():
         parser.error(f"--config {config} is where the model's own config is saved: give it another name or place")
@@ -331,9 +331,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if arguments.validation_fraction or within == [arguments.subsets, arguments.split]:
             parser.error(f"{', '.join(given)}: for validation data of their own, give --validation-data")
         arguments.validation_data = arguments.data  # other subsets or another split of it
-    measured = ("validation_samples", "validation_steps")
     if not arguments.validation_data and not arguments.validation_fraction:
-        for name in measured:
+        for name in ("validation_samples", "validation_steps"):
             if getattr(arguments, name):
                 parser.error(
                     f"--{name.replace('_', '-')}: nothing to measure on, give --validation-data or --validation-fraction"

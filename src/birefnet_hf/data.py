@@ -389,10 +389,9 @@ def _find(
             return datasets.load_dataset(source, split=split, streaming=streaming), []
         except datasets.exceptions.DatasetNotFoundError as error:
             raise FileNotFoundError(f"{source} is neither a folder here nor a dataset on the Hub: {error}") from error
-    has_metadata = {
-        pattern: any(any(root.glob(f"{pattern}{name}")) for name in _METADATA_FILES) for pattern in ("", "*/")
-    }
-    is_listed = has_metadata[""] or (has_metadata["*/"] and _image_and_mask_folder(root) is None)
+    is_listed = any((root / name).exists() for name in _METADATA_FILES)
+    if not is_listed and _image_and_mask_folder(root) is None:  # else in the folders of the splits
+        is_listed = any(any(root.glob(f"*/{name}")) for name in _METADATA_FILES)
     if is_listed and subsets is None:  # what it says goes before what the names of folders make one think
         return datasets.load_dataset("imagefolder", data_dir=str(root), split=split), []
     folders = _subset_folders(root, subsets)
