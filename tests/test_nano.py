@@ -1,13 +1,17 @@
 """The trained network that ships with the package."""
 
 import copy
+import re
+import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import load_script
 from packaging import version
 from PIL import Image
 from transformers import pipeline
@@ -15,6 +19,9 @@ from transformers import pipeline
 from birefnet_hf import NANO, BiRefNetForImageSegmentation, load_pipeline
 from birefnet_hf.checkpoints_birefnet import list_aliases, resolve_checkpoint
 from birefnet_hf.synthesis import list_images
+
+
+ROOT = Path(__file__).parents[1]
 
 
 def intersection_over_union(prediction: np.ndarray, mask: np.ndarray) -> float:
@@ -117,3 +124,37 @@ def test_an_empty_scene_gives_no_object():
     alpha = load_pipeline("nano", output_type="mask")(Image.new("RGB", (200, 150), (90, 120, 160)))
     assert np.asarray(alpha).max() < 255
     assert np.asarray(alpha).mean() < 64
+
+
+def test_every_training_of_make_nano_is_accepted():
+    """The parts take hours: what one refuses of its settings should not wait for the ones before it."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    folders = re.search(r"foreach name,([A-Z ]+),", text)[1].split()
+    output = subprocess.run(
+        ["make", "--dry-run", "nano", *(f"{name}={name.lower()}" for name in folders)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    train = load_script(ROOT / "scripts" / "train.py")
+    made, settings = set(), []
+    for line in output.replace("\\\n", " ").splitlines():
+        script, words = (
+            (match[1], shlex.split(match[2])) if (match := re.search(r"(\w+)\.py (.*)", line)) else ("", [])
+        )
+        if script == "train":
+            arguments = train.parse_arguments([str(ROOT / word) if word.endswith(".yaml") else word for word in words])
+            assert arguments.model is None or arguments.model in made
+            settings.append(words[words.index("--config") + 1])
+            made.add(str(arguments.output_dir))
+        elif script == "mean":
+            assert all(word.split("/checkpoints/")[0] in made for word in words[:-1])
+            made.add(words[-1])
+        elif script == "pack":
+            assert made.issuperset(words)
+    assert sorted(settings) == sorted(
+        f"scripts/nano/{path.name}" for path in (ROOT / "scripts" / "nano").glob("*.yaml")
+    )
