@@ -34,6 +34,7 @@ import copy
 import itertools
 import json
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -256,10 +257,17 @@ def measure(row: Row) -> Row:
         cpu_seconds.append(time.process_time() - cpu_start)
     if output is not None:
         torch.save(output.float().cpu(), row["output"])
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if device.type == "cuda":
-        peak_bytes = torch.cuda.max_memory_reserved()
+    peak_bytes = torch.cuda.max_memory_reserved() if device.type == "cuda" else peak_resident_bytes()
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_gb": peak_bytes / 1e9}
+
+
+def peak_resident_bytes() -> int:
+    """Of this process alone: what getrusage says starts, on Linux, with what the parent had when it forked."""
+    status = Path("/proc/self/status")
+    if status.exists() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))):
+        return int(match[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def record_graph(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:

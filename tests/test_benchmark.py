@@ -1,6 +1,8 @@
 """The benchmark script on a tiny network: rows in processes of their own, table and JSON."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,13 @@ def run(benchmark, tmp_path, *arguments: str, status: int = 0) -> dict:
     common = ["--backbone", "swin", "--settings", settings, "--threads", "1", "--json", str(result)]
     assert benchmark.main([*arguments, *common]) == status
     return json.loads(result.read_text(encoding="utf-8"))
+
+
+def test_memory_of_the_parent_is_not_the_rows():
+    held = bytearray(b"1") * 2**31
+    program = f"import sys; sys.path[:0] = [{str(SCRIPT.parent)!r}]; import benchmark; print(benchmark.peak_resident_bytes())"
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert 2**25 < int(output) < len(held)
 
 
 @pytest.mark.slow

@@ -108,6 +108,15 @@ def test_onnxruntime_agrees_with_pytorch(exported_dir, network_dir):
         check_same_logits(exported, model, pictures(batch_size))
 
 
+@pytest.mark.parametrize(
+    "providers", ["CPUExecutionProvider", ("CPUExecutionProvider", {"arena_extend_strategy": "kSameAsRequested"})]
+)
+def test_one_provider_and_inputs_from_a_training_loop(exported_dir, providers):
+    model = BiRefNetOnnxForImageSegmentation.from_pretrained(exported_dir, providers=providers)
+    pixel_values = torch.randn(1, 3, *SIZE, requires_grad=True)
+    assert not model(pixel_values).logits.requires_grad
+
+
 def test_pipeline_runs_the_exported_file(exported_dir, network_dir, scene):
     image, _ = scene
     expected = np.asarray(load_pipeline(str(network_dir), device="cpu")(image), dtype=int)

@@ -18,6 +18,7 @@ from .modeling_birefnet import SIZE_DIVISOR, BiRefNetImageSegmentationOutput
 ONNX_FILE_NAMES = {torch.float32: "model.onnx", torch.float16: "model_fp16.onnx"}
 
 Runtime = Literal["onnxruntime", "openvino"]
+Provider = str | tuple[str, dict[str, Any]]
 
 
 class _Session(NamedTuple):
@@ -32,7 +33,7 @@ class _Session(NamedTuple):
     input_shape: tuple[int | None, ...]
 
 
-def _open_with_onnxruntime(path: str, providers: Sequence[str] | None, num_threads: int | None) -> _Session:
+def _open_with_onnxruntime(path: str, providers: Sequence[Provider] | None, num_threads: int | None) -> _Session:
     try:
         import onnxruntime
     except ImportError as error:
@@ -41,7 +42,8 @@ def _open_with_onnxruntime(path: str, providers: Sequence[str] | None, num_threa
             'With OpenVINO instead, pass runtime="openvino".'
         ) from error
     providers = list(providers or ["CPUExecutionProvider"])
-    unknown = [provider for provider in providers if provider not in onnxruntime.get_available_providers()]
+    names = [provider if isinstance(provider, str) else provider[0] for provider in providers]
+    unknown = [name for name in names if name not in onnxruntime.get_available_providers()]
     if unknown:
         raise ValueError(f"providers {unknown} are not there; there are {onnxruntime.get_available_providers()}.")
     options = onnxruntime.SessionOptions()
@@ -157,7 +159,7 @@ class BiRefNetOnnxForImageSegmentation:
         *,
         file_name: str | None = None,
         runtime: Runtime = "onnxruntime",
-        providers: Sequence[str] | None = None,
+        providers: Provider | Sequence[Provider] | None = None,
         num_threads: int | None = None,
         **hub_options,
     ) -> "BiRefNetOnnxForImageSegmentation":
@@ -167,7 +169,8 @@ class BiRefNetOnnxForImageSegmentation:
             name_or_path: Directory or Hub id.
             file_name: Default model.onnx, else model_fp16.onnx.
             runtime: What computes.
-            providers: Of ONNX Runtime, e.g. `["CUDAExecutionProvider", "CPUExecutionProvider"]`; default the CPU's.
+            providers: Of ONNX Runtime, one or several, e.g. `["CUDAExecutionProvider", "CPUExecutionProvider"]`, each a name
+                or (name, options); default the CPU's.
             num_threads: Default the runtime's choice.
             **hub_options: `revision`, `token`, `cache_dir`, `local_files_only`, as in the library.
 
@@ -180,6 +183,8 @@ class BiRefNetOnnxForImageSegmentation:
             raise ValueError(f"runtime={runtime!r} is unknown; use 'onnxruntime' or 'openvino'.")
         if providers is not None and runtime != "onnxruntime":
             raise ValueError("`providers` are ONNX Runtime's; OpenVINO runs on the CPU here.")
+        if isinstance(providers, str) or (isinstance(providers, tuple) and isinstance(providers[-1], dict)):
+            providers = [providers]
         name = os.fspath(name_or_path)
         config = BiRefNetConfig.from_pretrained(name, **hub_options)
         if file_name is None:
@@ -219,7 +224,7 @@ class BiRefNetOnnxForImageSegmentation:
         Raises:
             ValueError: the shape is not one that the file was exported for.
         """
-        pixels = pixel_values.to("cpu", torch.float32)
+        pixels = pixel_values.detach().to("cpu", torch.float32)
         if pixels.dim() != 4 or any(
             expected not in (None, side) for side, expected in zip(pixels.shape[1:], self.input_shape[1:], strict=True)
         ):
