@@ -53,15 +53,13 @@ from transformers.utils import logging as transformers_logging
 
 from birefnet_hf import load_pipeline
 from birefnet_hf.data import (
-    BadDataError,
     BadSample,
     find_predictions,
-    load_mask,
     load_pairs,
     sample_names,
     seeded_random,
 )
-from birefnet_hf.image_loading import ImageLoadError, save_image, staged_files
+from birefnet_hf.image_loading import ImageLoadError, load_mask, save_image, staged_files
 from birefnet_hf.metrics import METRICS, Convention, ImageMetrics, compute_metrics, summarize
 from birefnet_hf.pipeline_birefnet import BackgroundRemovalPipeline
 from birefnet_hf.synthesis import Compositor
@@ -172,17 +170,6 @@ class Results:
         )
 
 
-def skipping(load: Callable[..., Any], *positional: Any, on_bad: str, skipped: list[BadSample], **options: Any) -> Any:
-    """Calls `load_pairs` or `find_predictions`, and notes what is left out, if leaving out is allowed."""
-    try:
-        return load(*positional, on_bad="stop", **options)
-    except BadDataError as error:
-        if on_bad == "stop":
-            raise
-        skipped += error.samples
-        return load(*positional, on_bad="skip", **options)
-
-
 def load_data(
     arguments: argparse.Namespace, pipe: BackgroundRemovalPipeline | None
 ) -> tuple[datasets.Dataset, list[Path] | None, list[BadSample]]:
@@ -199,8 +186,7 @@ def load_data(
         thin = arguments.thin_probability
         compositor = Compositor(size, arguments.backgrounds, thin_probability=thin, hard_light_probability=0)
     skipped: list[BadSample] = []
-    pairs = skipping(
-        load_pairs,
+    pairs = load_pairs(
         arguments.data,
         arguments.masks,
         subsets=arguments.subsets,
@@ -223,8 +209,8 @@ def load_data(
             raise ValueError(f"{folder} holds data, which results could overwrite: choose another folder.")
     predictions = None
     if arguments.predictions:
-        pairs, predictions = skipping(
-            find_predictions, pairs, arguments.predictions, on_bad=arguments.on_bad_data, skipped=skipped
+        pairs, predictions = find_predictions(
+            pairs, arguments.predictions, on_bad=arguments.on_bad_data, skipped=skipped
         )
     return pairs, predictions, skipped
 

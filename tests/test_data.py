@@ -21,10 +21,9 @@ from birefnet_hf.data import (
     TrainingBatchSampler,
     TrainingDataset,
     TrainingStream,
-    load_mask,
     load_pairs,
 )
-from birefnet_hf.image_loading import ImageLoadError
+from birefnet_hf.image_loading import ImageLoadError, load_mask
 from birefnet_hf.image_processing_birefnet import BiRefNetImageProcessor
 from birefnet_hf.synthesis import Compositor
 
@@ -119,6 +118,13 @@ class TestMask:
     def test_other_values_are_refused(self):
         with pytest.raises(ImageLoadError, match="expected 0 to 1"):
             load_mask(Image.fromarray(np.full((4, 4), 1e6, dtype=np.float32)))
+
+
+def test_unknown_words_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="check='none' is unknown; use one of 'fast', 'full', 'off'"):
+        load_pairs(tmp_path, check="none")
+    with pytest.raises(ValueError, match="on_bad='raise' is unknown; use one of 'stop', 'skip'"):
+        load_pairs(tmp_path, on_bad="raise")
 
 
 class TestFolders:

@@ -16,7 +16,7 @@ from accelerate.state import PartialState
 from conftest import load_script
 from PIL import Image, ImageDraw, ImageFilter
 
-from birefnet_hf.data import load_mask
+from birefnet_hf.image_loading import load_mask
 from birefnet_hf.metrics import METRICS, compute_metrics, summarize
 from birefnet_hf.pipeline_birefnet import load_pipeline
 

@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, pipeline
 
 from birefnet_hf import BiRefNetImageProcessor, BiRefNetImageProcessorPil
 from birefnet_hf import image_processing_birefnet as module
+from birefnet_hf.image_loading import load_mask
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -367,6 +368,22 @@ def test_binary_masks(processor_class):
     ):
         labels = processor(image, mask, return_tensors="pt")["labels"]
         np.testing.assert_array_equal(labels[0, 0].numpy(), array.astype(np.float32))
+
+
+def test_masks_mean_what_they_mean_in_training_data(processor_class):
+    """Dark objects in front of transparency, class maps, labels 0 and 1, 16 bits in Pillow's 32."""
+    inside = np.zeros((32, 32), np.uint8)
+    inside[8:24, 8:24] = 1
+    classes = Image.fromarray(inside, mode="P")
+    classes.putpalette([0, 0, 0, 128, 0, 0])
+    cutout = Image.new("RGBA", (32, 32))
+    cutout.putalpha(Image.fromarray(inside * np.uint8(255)))
+    deep = Image.fromarray(inside.astype(np.int32) * 65535)
+    assert (classes.mode, deep.mode) == ("P", "I")
+    for mask in (classes, cutout, deep, Image.fromarray(inside)):
+        labels = processor_class(size=32)(random_image(32, 32), mask, return_tensors="pt")["labels"]
+        np.testing.assert_array_equal(labels[0, 0].numpy(), inside.astype(np.float32))
+        np.testing.assert_array_equal(np.asarray(load_mask(mask)), inside * np.uint8(255))
 
 
 def test_16_bit_masks_keep_their_depth(processor_class, tmp_path):

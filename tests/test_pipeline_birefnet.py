@@ -546,6 +546,21 @@ def test_half_precision_on_the_cpu(seeing_model_dir, pipe, dtype):
     assert stock(photo())[0]["score"] > 0.5
 
 
+def test_model_object_from_the_hub(tiny_config, tmp_path):
+    """The processor is looked for where the model came from, in the same cache; without it, the size is known by name."""
+    model = BiRefNetForImageSegmentation(tiny_config)
+    model.name_or_path = "ZhengPeng7/BiRefNet_dynamic"
+    pipe = load_pipeline(model, cache_dir=tmp_path, local_files_only=True)
+    assert pipe.image_processor.size == {"shortest_edge": 256, "longest_edge": 2304}
+
+    snapshot = tmp_path / "models--ZhengPeng7--BiRefNet_dynamic" / "snapshots" / "abc"
+    BiRefNetImageProcessor(size=96).save_pretrained(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "tested").write_text("abc")
+    pipe = load_pipeline(model, cache_dir=tmp_path, revision="tested", local_files_only=True)
+    assert pipe.image_processor.size == {"height": 96, "width": 96}
+
+
 def test_model_object(tiny_config, tiny_model_dir, copy_of, tmp_path):
     model = BiRefNetForImageSegmentation(tiny_config).train()
     pipe = load_pipeline(model)

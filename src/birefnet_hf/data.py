@@ -21,19 +21,19 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import datasets
 import fsspec
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 from tqdm.auto import tqdm
 
 from .augmentation import Augmentation, SoftMask, build_augmentation
-from .image_loading import ImageLoadError, load_image, to_bytes
+from .image_loading import UNREADABLE, ImageLoadError, explain_unreadable, load_image, load_mask, open_upright
 from .synthesis import Compositor, list_images
 
 
@@ -56,14 +56,14 @@ _MASK_COLUMNS = (
     "ground_truth",
     "conditioning_image",
 )
+OnBad = Literal["stop", "skip"]
+Check = Literal["fast", "full", "off"]
+
 _METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 # What a complete file of the format has near its end. Where it is missing the file is decoded to find out.
 _END_MARKERS = {"PNG": b"IEND", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}
 _NAMES_SHOWN = 20
-
-# What Pillow's decoders raise for broken files.
-_UNREADABLE = (ImageLoadError, OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 class BadSample(NamedTuple):
@@ -92,71 +92,6 @@ def _describe(samples: Sequence[BadSample]) -> str:
     return "\n".join(lines)
 
 
-def load_mask(source: str | Path | bytes | Image.Image, is_prediction: bool = False) -> Image.Image:
-    """Reads a foreground mask from any of the forms in which masks are stored.
-
-    The value range is told from the largest value, 1, 255 or 65535, so that masks of 0 and 1 and those of 16 bits are
-    read as what they mean. Colours count by their luminance. Of a palette that is not grey, index 0 is background and
-    all else foreground (class maps). Where a mask has an alpha channel that is not opaque throughout, that is the mask.
-
-    Args:
-        source: path, contents of a file, or PIL image.
-        is_prediction: integers of 8 and 16 bits are what they are, however small: where a tool finds nothing, nothing is near 255.
-
-    Returns:
-        PIL image of mode L, 0 (background) to 255 (foreground), upright by its EXIF orientation.
-
-    Raises:
-        ImageLoadError: there is no readable image, or its values are not those of a mask.
-    """
-    try:
-        return _read_mask(_open(source), is_prediction)
-    except _UNREADABLE:
-        raise
-    except Exception as error:  # on damaged files Pillow raises nearly anything
-        raise ImageLoadError(str(error)) from error
-
-
-def _read_mask(image: Image.Image, is_prediction: bool) -> Image.Image:
-    """What `load_mask` makes of an image."""
-    if image.mode == "P" and "transparency" not in image.info:
-        colours = np.zeros((256, 3), dtype=np.uint8)  # a palette may end before the largest index
-        stored = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
-        colours[: len(stored)] = stored
-        levels = colours[np.asarray(image)]
-        grey = (levels == levels[..., :1]).all()
-        image = Image.fromarray(levels[..., 0] if grey else np.where(np.asarray(image), 255, 0).astype(np.uint8))
-    elif image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        alpha = rgba.getchannel("A")
-        image = alpha if alpha.getextrema()[0] < 255 else rgba.convert("RGB")
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
-        image = image.convert("L")
-    if image.mode == "L" and (is_prediction or image.getextrema()[1] > 1):
-        return image
-    limits = (65535,) if is_prediction and image.mode.startswith("I") else (1, 255, 65535)
-    return Image.fromarray(to_bytes(np.asarray(image), limits))
-
-
-def _open(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """A decoded PIL image in the mode of the file, upright."""
-    try:
-        if isinstance(source, Image.Image):
-            return ImageOps.exif_transpose(source)
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
-            image = Image.open(stream)
-            image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return image
-    except _UNREADABLE as error:
-        raise ImageLoadError(_explain(error)) from error
-
-
-def _explain(error: BaseException) -> str:
-    # Pillow's own message shows the file object, not the file.
-    return "no image, or of an unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
-
-
 def _contents(value: Mapping[str, Any]) -> str | bytes:
     """What an undecoded `datasets.Image` holds: the path of a local file, or the bytes of any other."""
     if value["bytes"] is not None:
@@ -177,8 +112,10 @@ def _naming(value: Mapping[str, Any]) -> Iterator[None]:
     """Puts the name of the sample into what is raised while it is read."""
     try:
         yield
-    except _UNREADABLE as error:
-        raise ImageLoadError(f'{_name(value)}: {_explain(error)} (check="full" finds all such files)') from error
+    except UNREADABLE as error:
+        raise ImageLoadError(
+            f'{_name(value)}: {explain_unreadable(error)} (check="full" finds all such files)'
+        ) from error
 
 
 def _read_pair(row: Mapping[str, Any]) -> tuple[Image.Image, Image.Image]:
@@ -192,7 +129,7 @@ def _read_pair(row: Mapping[str, Any]) -> tuple[Image.Image, Image.Image]:
 def _read_cutout(row: Mapping[str, Any]) -> Image.Image:
     """An RGBA image: the file itself, or an image with its mask as alpha."""
     if "mask" not in row:
-        return _open(_contents(row["image"])).convert("RGBA")
+        return open_upright(_contents(row["image"])).convert("RGBA")
     image, mask = _read_pair(row)
     image.putalpha(mask)
     return image
@@ -203,7 +140,7 @@ def _different_sizes(image: tuple[int, int], mask: tuple[int, int]) -> str:
 
 
 def _inspect(source: str | bytes, full: bool) -> tuple[int, int]:
-    """(width, height) of an image as displayed, from its header; raises one of `_UNREADABLE`.
+    """(width, height) of an image as displayed, from its header; raises one of `UNREADABLE`.
 
     Without `full` the pixels are decoded only where the end of the file is not what it should be: that finds every
     truncated JPEG and PNG, but no flipped bits.
@@ -231,19 +168,19 @@ def _problem(row: Mapping[str, Any], full: bool) -> str | None:
     if "mask" not in row:
         try:
             darkest, brightest = _read_cutout(row).getchannel("A").getextrema()
-        except _UNREADABLE as error:
-            return f"the image cannot be read ({_explain(error)})"
+        except UNREADABLE as error:
+            return f"the image cannot be read ({explain_unreadable(error)})"
         if brightest == 0:
             return "the cut-out is fully transparent"
         return "the image has no transparency, so it is not a cut-out" if darkest == 255 else None
     try:
         size = _inspect(_contents(row["image"]), full)
-    except _UNREADABLE as error:
-        return f"the image cannot be read ({_explain(error)})"
+    except UNREADABLE as error:
+        return f"the image cannot be read ({explain_unreadable(error)})"
     try:
         mask = load_mask(_contents(row["mask"]))
-    except _UNREADABLE as error:
-        return f"the mask cannot be read ({_explain(error)})"
+    except UNREADABLE as error:
+        return f"the mask cannot be read ({explain_unreadable(error)})"
     if mask.size != size:
         return _different_sizes(size, mask.size)
     brightest = mask.getextrema()[1]
@@ -277,11 +214,19 @@ def _check(rows: datasets.Dataset, full: bool) -> tuple[list[int], list[BadSampl
     return good, bad
 
 
-def _settle(bad: Sequence[BadSample], on_bad: Literal["stop", "skip"]) -> None:
+def _settle(bad: Sequence[BadSample], on_bad: OnBad, skipped: list[BadSample] | None = None) -> None:
     if bad and on_bad == "stop":
         raise BadDataError(bad)
     if bad:
         logger.warning("Skipped: %s", _describe(bad))
+    if skipped is not None:
+        skipped += bad
+
+
+def _refuse_unknown(name: str, value: str, known: Any) -> None:
+    """ValueError for what is none of the words of a `Literal`."""
+    if value not in get_args(known):
+        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, get_args(known)))}.")
 
 
 def load_pairs(
@@ -294,8 +239,9 @@ def load_pairs(
     mask_column: str | None = None,
     compositor: Compositor | None = None,
     streaming: bool = False,
-    check: Literal["fast", "full", "off"] = "fast",
-    on_bad: Literal["stop", "skip"] = "stop",
+    check: Check = "fast",
+    on_bad: OnBad = "stop",
+    skipped: list[BadSample] | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """Makes a dataset of images and masks from what the user has.
 
@@ -322,6 +268,7 @@ def load_pairs(
         on_bad: "stop" raises `BadDataError` that lists all bad samples, "skip" leaves them out and logs a warning. Bad
             are: image or mask missing, unreadable or of another size than its partner; two files of one stem; a mask without
             foreground.
+        skipped: what is left out is added to this list. Streams, which find out later, add nothing.
 
     Returns:
         A dataset whose rows are {"image": RGB PIL image, "mask": L PIL image, 255 foreground, "name": str}.
@@ -329,8 +276,11 @@ def load_pairs(
     Raises:
         BadDataError: bad samples, with `on_bad="stop"`.
         FileNotFoundError: a folder does not exist.
-        ValueError: there is no usable sample, or it is not clear which folders or columns are meant.
+        ValueError: there is no usable sample, or it is not clear which folders or columns are meant; an unknown `check` or
+            `on_bad`.
     """
+    _refuse_unknown("check", check, Check)
+    _refuse_unknown("on_bad", on_bad, OnBad)
     if compositor is not None and streaming:
         raise ValueError("Composites need cut-outs in random order: they cannot be streamed, pass streaming=False.")
     rows, bad = _find(source, masks, subsets, split, streaming, compositor is not None)
@@ -346,7 +296,7 @@ def load_pairs(
         if compositor is not None:
             bad_photos = _check_photos(compositor.photos)
             bad = bad + bad_photos
-    _settle(bad, on_bad)
+    _settle(bad, on_bad, skipped)
     if len(rows) == 0:
         raise ValueError(f"No usable sample in {source if isinstance(source, str | Path) else 'the dataset'}.")
     if bad_photos:
@@ -505,7 +455,11 @@ def _rows(paths: dict[str, list[str]]) -> datasets.Dataset:
 
 
 def find_predictions(
-    pairs: datasets.Dataset, folder: str | Path, *, on_bad: Literal["stop", "skip"] = "stop"
+    pairs: datasets.Dataset,
+    folder: str | Path,
+    *,
+    on_bad: OnBad = "stop",
+    skipped: list[BadSample] | None = None,
 ) -> tuple[datasets.Dataset, list[Path]]:
     """Finds the predicted mask of each sample: the file that is called like the image, by stem.
 
@@ -514,6 +468,7 @@ def find_predictions(
         folder: of predictions, directly in it.
         on_bad: "stop" raises `BadDataError` that lists all samples whose prediction is missing, unreadable or of another
             size than the mask, "skip" leaves them out and logs a warning.
+        skipped: what is left out is added to this list.
 
     Returns:
         The samples that have a prediction, and the files, one for each.
@@ -521,8 +476,9 @@ def find_predictions(
     Raises:
         BadDataError: with `on_bad="stop"`.
         FileNotFoundError: the folder does not exist.
-        ValueError: there is nothing in it, no sample is left, or several samples have one name.
+        ValueError: there is nothing in it, no sample is left, or several samples have one name; an unknown `on_bad`.
     """
+    _refuse_unknown("on_bad", on_bad, OnBad)
     files = _by_stem(Path(folder).expanduser())
     good, bad, paths = [], [], []
     names = sample_names(pairs)
@@ -536,7 +492,7 @@ def find_predictions(
             bad.append(
                 BadSample(names[index], reason if found else f"there is no prediction of this name in {folder}")
             )
-    _settle(bad, on_bad)
+    _settle(bad, on_bad, skipped)
     if not good:
         raise ValueError(f"No sample has a usable prediction in {folder}.")
     return pairs.select(good), paths
@@ -548,12 +504,12 @@ def _prediction_problem(found: Sequence[Path], mask_file: Mapping[str, Any]) -> 
         return f"several predictions of one name: {', '.join(path.name for path in found)}"
     try:
         size = _inspect(str(found[0]), full=False)
-    except _UNREADABLE as error:
-        return f"the prediction {found[0]} cannot be read ({_explain(error)})"
+    except UNREADABLE as error:
+        return f"the prediction {found[0]} cannot be read ({explain_unreadable(error)})"
     try:
         expected = _inspect(_contents(mask_file), full=False)
-    except _UNREADABLE as error:  # with check="off" it is looked at here for the first time
-        return f"the mask cannot be read ({_explain(error)})"
+    except UNREADABLE as error:  # with check="off" it is looked at here for the first time
+        return f"the mask cannot be read ({explain_unreadable(error)})"
     if size != expected:
         return f"the prediction {found[0].name} is {size[0]}×{size[1]} (width×height) but the mask {expected[0]}×{expected[1]}"
     return None
@@ -635,8 +591,8 @@ def _check_photos(photos: Sequence[Path]) -> list[BadSample]:
     for photo in photos:
         try:
             _inspect(str(photo), full=False)
-        except _UNREADABLE as error:
-            bad.append(BadSample(str(photo), f"the background cannot be read ({_explain(error)})"))
+        except UNREADABLE as error:
+            bad.append(BadSample(str(photo), f"the background cannot be read ({explain_unreadable(error)})"))
     return bad
 
 
@@ -688,9 +644,7 @@ class _Compose:
         return composed
 
 
-def _decoded_stream(
-    rows: datasets.IterableDataset, on_bad: Literal["stop", "skip"], check: Literal["fast", "full", "off"]
-) -> datasets.IterableDataset:
+def _decoded_stream(rows: datasets.IterableDataset, on_bad: OnBad, check: Check) -> datasets.IterableDataset:
     """Decodes as it reads; what is bad stops the stream or is left out of it."""
 
     def decode(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -701,8 +655,8 @@ def _decoded_stream(
             image, mask = _read_pair(row)
             if check != "off" and not mask.getbbox():
                 raise ImageLoadError("the mask is empty")
-        except _UNREADABLE as error:
-            _settle([BadSample(name, _explain(error))], on_bad)
+        except UNREADABLE as error:
+            _settle([BadSample(name, explain_unreadable(error))], on_bad)
             image = mask = None
         return {"image": image, "mask": mask, "name": name}
 

@@ -41,6 +41,9 @@ MAX_REDIRECTS = 5
 # How folders begin whose content is not complete.
 PARTIAL_PREFIX = ".partial-"
 
+# What Pillow's decoders raise for broken files.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Special ranges that Python's `is_global` lets through: site-local, documentation, IPv4 dummy and 6to4 relay.
 _SPECIAL = [ipaddress.ip_network(network) for network in ("fec0::/10", "3fff::/20", "192.0.0.0/24", "192.88.99.0/24")]
@@ -178,11 +181,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ImageLoadError: their values are not those of an image.
     """
-    if image.mode.startswith("I;16"):
-        return Image.fromarray(to_bytes(np.asarray(image), (65535,))).convert("RGB")
-    if image.mode in ("I", "F"):  # integers of 32 bits may hold 8 or 16, as NumPy's do
-        limits = (255, 65535) if image.mode == "I" else (1, 255, 65535)
-        return Image.fromarray(to_bytes(np.asarray(image), limits)).convert("RGB")
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # "I", of 32 bits, may hold 8 or 16, as NumPy's do
+        limits = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
+        values = np.asarray(image)
+        return Image.fromarray(_to_bytes(values, _find_limit(values, limits))).convert("RGB")
     return (image.convert("LA") if image.mode == "La" else image).convert("RGB")
 
 
@@ -211,16 +213,101 @@ def convert_colours(image: Image.Image, source: bytes | None, target: bytes | No
         return image
 
 
-def to_bytes(values: np.ndarray, limits: Sequence[int]) -> np.ndarray:
-    """Numbers from 0 to the first of the limits that holds them all as uint8, 0 to 255; ImageLoadError where there is none."""
+def load_mask(source: str | Path | bytes | Image.Image, is_prediction: bool = False) -> Image.Image:
+    """Reads a foreground mask from any of the forms in which masks are stored, see `read_mask`.
+
+    Args:
+        source: path, contents of a file, or PIL image.
+        is_prediction: as in `read_mask`.
+
+    Returns:
+        PIL image of mode L, 0 (background) to 255 (foreground), upright by its EXIF orientation.
+
+    Raises:
+        ImageLoadError: there is no readable image, or its values are not those of a mask.
+    """
+    try:
+        values, foreground = read_mask(open_upright(source), is_prediction)
+    except UNREADABLE:
+        raise
+    except Exception as error:  # on damaged files Pillow raises nearly anything
+        raise ImageLoadError(str(error)) from error
+    is_done = values.dtype == np.uint8 and foreground == 255
+    return Image.fromarray(values if is_done else _to_bytes(values, foreground))
+
+
+def read_mask(image: Image.Image, is_prediction: bool = False) -> tuple[np.ndarray, int]:
+    """The values of a foreground mask, in full depth.
+
+    The value range is told from the largest value, 1, 255 or 65535, so that masks of 0 and 1 and those of 16 bits are
+    read as what they mean. Colours count by their luminance. Of a palette that is not grey, index 0 is background and
+    all else foreground (class maps). Where a mask has an alpha channel that is not opaque throughout, that is the mask.
+
+    Args:
+        image: of any mode.
+        is_prediction: integers of 8 and 16 bits are what they are, however small: where a tool finds nothing, nothing is
+            near 255.
+
+    Returns:
+        Values H×W from 0, and the one that stands for foreground: 1, 255 or 65535.
+
+    Raises:
+        ImageLoadError: the values are not those of a mask.
+    """
+    if image.mode == "P" and "transparency" not in image.info:
+        colours = np.zeros((256, 3), dtype=np.uint8)  # a palette may end before the largest index
+        stored = np.array(image.getpalette("RGB"), dtype=np.uint8).reshape(-1, 3)
+        colours[: len(stored)] = stored
+        levels = colours[np.asarray(image)]
+        grey = (levels == levels[..., :1]).all()
+        image = Image.fromarray(levels[..., 0] if grey else np.where(np.asarray(image), 255, 0).astype(np.uint8))
+    elif image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        alpha = rgba.getchannel("A")
+        image = alpha if alpha.getextrema()[0] < 255 else rgba.convert("RGB")
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        image = image.convert("L")
+    values = np.asarray(image)
+    if image.mode == "L" and (is_prediction or values.max() > 1):
+        return values, 255
+    limits = (65535,) if is_prediction and image.mode.startswith("I") else (1, 255, 65535)
+    return values, _find_limit(values, limits)
+
+
+def open_upright(source: str | Path | bytes | Image.Image) -> Image.Image:
+    """A decoded PIL image in the mode of the file, upright; ImageLoadError where there is none."""
+    try:
+        if isinstance(source, Image.Image):
+            return ImageOps.exif_transpose(source)
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
+            image = Image.open(stream)
+            image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
+    except UNREADABLE as error:
+        raise ImageLoadError(explain_unreadable(error)) from error
+
+
+def explain_unreadable(error: BaseException) -> str:
+    # Pillow's own message shows the file object, not the file.
+    return "no image, or of an unknown format" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
+def _find_limit(values: np.ndarray, limits: Sequence[int]) -> int:
+    """The first of the limits that no number exceeds; ImageLoadError where there is none, or some are below 0."""
     largest = float(values.max())
-    scale = next((limit for limit in limits if largest <= limit), None)
+    limit = next((limit for limit in limits if largest <= limit), None)
     if limits[0] == 1 < largest < 2:  # overshoot of numbers up to 1, which would be black of those up to 255
-        scale = None
-    if scale is None or not values.min() >= 0:
+        limit = None
+    if limit is None or not values.min() >= 0:
         expected = " or ".join(map(str, limits))
         raise ImageLoadError(f"Values from {values.min():g} to {largest:g}: expected 0 to {expected}.")
-    return np.rint(values * (255.0 / scale)).astype(np.uint8)
+    return limit
+
+
+def _to_bytes(values: np.ndarray, limit: int) -> np.ndarray:
+    """Numbers from 0 to the limit as uint8, 0 to 255."""
+    return np.rint(values * (255.0 / limit)).astype(np.uint8)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -462,12 +549,17 @@ def save_image(image: Image.Image, path: str | os.PathLike[str], **parameters: A
 
 
 __all__ = [
+    "UNREADABLE",
     "ImageLoadError",
     "ImageSource",
     "convert_colours",
+    "explain_unreadable",
     "fetch",
     "is_url",
     "load_image",
+    "load_mask",
+    "open_upright",
+    "read_mask",
     "rgb_profile",
     "save_image",
     "staged_files",

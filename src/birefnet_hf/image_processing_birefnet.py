@@ -23,7 +23,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, cached_file, logging, safe_load_json_file
 
 from .checkpoints_birefnet import HUB_OPTIONS, get_checkpoint
-from .image_loading import load_image, to_rgb
+from .image_loading import load_image, read_mask, to_rgb
 
 
 try:
@@ -78,8 +78,8 @@ def _mask_to_tensor(mask: ImageInput) -> torch.Tensor:
     """Reads a foreground mask without losing its softness.
 
     Args:
-        mask: PIL image (palette and colour images by their luminance, 16-bit ones in full depth), or an array or
-            tensor H×W, 1×H×W or H×W×1: bool, uint8 (0..255), uint16 (0..65535), float in [0, 1], or integers 0 and 1.
+        mask: PIL image, of any of the forms that `read_mask` knows, 16-bit ones in full depth; or an array or tensor H×W,
+            1×H×W or H×W×1: bool, uint8 (0..255), uint16 (0..65535), float in [0, 1], or integers 0 and 1.
 
     Returns:
         1×H×W float32 in [0, 1].
@@ -88,10 +88,8 @@ def _mask_to_tensor(mask: ImageInput) -> torch.Tensor:
         ValueError: more than one channel, or values outside the range of the type.
     """
     if isinstance(mask, Image.Image):
-        if mask.mode.startswith("I;16"):
-            mask = np.asarray(mask).astype(np.uint16)  # "I;16B" is big-endian, which torch does not read
-        else:
-            mask = np.asarray(mask if mask.mode in ("1", "I", "F") else mask.convert("L"))
+        values, foreground = read_mask(mask)
+        mask = values.astype(np.float32) / foreground
     if isinstance(mask, np.ndarray):
         mask = torch.from_numpy(np.require(mask, requirements=("C", "W")))
     if mask.ndim == 3 and mask.shape[-1] == 1 and mask.shape[0] != 1:

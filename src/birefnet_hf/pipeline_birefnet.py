@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import ImageSegmentationPipeline, Pipeline
 from transformers.utils import logging
 
-from .checkpoints_birefnet import list_aliases, resolve_checkpoint
+from .checkpoints_birefnet import get_checkpoint, list_aliases, resolve_checkpoint
 from .foreground import composite, parse_background, refine_foreground, to_tensor, to_uint8
 from .image_loading import IMAGE_TYPES, ImageLoadError, convert_colours, load_image, rgb_profile
 from .image_processing_birefnet import BiRefNetImageProcessor
@@ -413,6 +413,12 @@ def load_pipeline(
             "`size` is the image processor's: give one of that size, or leave `image_processor` to be found."
         )
 
+    hub_options = {
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
     if not isinstance(model, str | os.PathLike):
         if patch_order not in (None, model.config.patch_order):
             raise ValueError("`patch_order` belongs to loading; this model is loaded. Pass it to `from_pretrained`.")
@@ -422,7 +428,7 @@ def load_pipeline(
             device = model.device
         if dtype not in (None, "auto"):
             model.to(dtype)
-        image_processor = image_processor or _image_processor_of(model, **resize)
+        image_processor = image_processor or _image_processor_of(model, **hub_options, **resize)
     else:
         name = resolve_checkpoint(os.fspath(model))
         _check_name(name)
@@ -434,12 +440,6 @@ def load_pipeline(
         device = _find_device(device)
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else "auto"
-        hub_options = {
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-        }
         settings = {} if patch_order is None else {"patch_order": patch_order}
         if image_processor is None:
             image_processor = BiRefNetImageProcessor.from_pretrained(name, **hub_options, **resize)
@@ -509,15 +509,26 @@ def _find_device(device: str | int | torch.device | None) -> torch.device:
     return device
 
 
-def _image_processor_of(model: BiRefNetForImageSegmentation, **settings) -> BiRefNetImageProcessor:
+def _image_processor_of(
+    model: BiRefNetForImageSegmentation, *, size: Any = None, **hub_options
+) -> BiRefNetImageProcessor:
     """The processor that belongs to a model object: that of the place it came from, else one of its trained size."""
-    if model.name_or_path:
-        try:
-            return BiRefNetImageProcessor.from_pretrained(model.name_or_path, **settings)
-        except OSError:  # a folder that is gone, a checkpoint of a training run without a processor, no connection
-            logger.info(f"{model.name_or_path} has no image processor; using config.image_size.")
+    resize = {} if size is None else {"size": size}
     height, width = model.config.image_size
-    return BiRefNetImageProcessor(**{"size": {"height": height, "width": width}, **settings})
+    trained_size = {"height": height, "width": width}
+    if name := model.name_or_path:
+        try:
+            return BiRefNetImageProcessor.from_pretrained(name, **hub_options, **resize)
+        except OSError:  # a folder that is gone, a checkpoint of a training run without a processor, no connection
+            if checkpoint := get_checkpoint(name):
+                trained_size = checkpoint.processor_size
+            logger.warning(
+                "The image processor of %s cannot be loaded. Unless `size` is given, its input has the size that it was "
+                "trained for, %s.",
+                name,
+                trained_size,
+            )
+    return BiRefNetImageProcessor(size=size or trained_size)
 
 
 __all__ = ["BackgroundRemovalPipeline", "load_pipeline", "render_picture"]
