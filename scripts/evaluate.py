@@ -132,6 +132,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--cutouts composes new pictures, of which there are no --predictions yet")
     if arguments.predictions and (arguments.size or arguments.dtype or arguments.save_predictions):
         parser.error("--size, --dtype and --save-predictions are for a --model")
+    for name in ("backgrounds", "thin_probability", "seed"):
+        if getattr(arguments, name) and not arguments.cutouts:
+            parser.error(f"--{name.replace('_', '-')} needs --cutouts")
     if not 0 <= arguments.thin_probability <= 1:
         parser.error("--thin-probability is a chance, from 0 to 1")
     least = {"batch_size": 1, "limit": 1, "num_workers": 0, "worst": 0, "seed": 0}

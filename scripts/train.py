@@ -120,6 +120,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "ema_decay": 0.0,
     },
 }
+# The least value of an option, and what it stays below.
+RANGES = {
+    **dict.fromkeys(("epochs", "batch_size", "gradient_accumulation", "log_steps", "keep_checkpoints"), (1, math.inf)),
+    **dict.fromkeys(("validation_samples", "validation_steps", "checkpoint_steps"), (1, math.inf)),
+    **dict.fromkeys(("seed", "lora_rank", "num_workers", "sample_pictures", "last_epochs"), (0, math.inf)),
+    **dict.fromkeys(("learning_rate", "backbone_learning_rate", "weight_decay", "layer_decay"), (0, math.inf)),
+    **dict.fromkeys(("milestone_factor", "max_grad_norm"), (0, math.inf)),
+    **dict.fromkeys(("validation_fraction", "warmup", "ema_decay"), (0, 1)),
+}
 # May differ between an interrupted run and its continuation without changing what is computed.
 FREE_SETTINGS = (
     "config",
@@ -139,7 +148,7 @@ FREE_SETTINGS = (
 )
 # Of files and folders to read; `data` and `model` may also be names on the Hub.
 PATHS = ("data", "masks", "more_cutouts", "validation_data", "validation_masks", "backgrounds", "model")
-# Of a whole model and of adapters alone, which a folder may hold one of: together they would be applied to each other.
+# A folder holds either a whole model or adapters: with both, loading would apply the adapters to the model.
 MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 IGNORED_ON_THE_HUB = ["checkpoints/*", "best/*", "logs/*", "samples/*", "log.jsonl", ".*"]
@@ -338,8 +347,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                     f"--{name.replace('_', '-')}: nothing to measure on, give --validation-data or --validation-fraction"
                 )
     arguments.validation_split = arguments.validation_split or "validation"
-    if not 0 <= arguments.validation_fraction < 1 or not 0 <= arguments.warmup < 1:
-        parser.error("--validation-fraction and --warmup are shares: at least 0 and below 1")
     if arguments.merge_lora and not arguments.lora_rank:
         parser.error("--merge-lora needs --lora-rank")
     if arguments.lora_rank and not arguments.merge_lora:
@@ -349,10 +356,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"there are no metrics {', '.join(unknown)}: choose from {', '.join(METRICS)}")
     if arguments.best_metric not in (*arguments.metrics, "iou", *OWN_METRICS):
         parser.error(f"--best-metric {arguments.best_metric} is not measured: add it to --metrics")
-    counts = ("epochs", "batch_size", "gradient_accumulation", "log_steps", "keep_checkpoints")
-    for name in (*counts, "validation_samples", "validation_steps", "checkpoint_steps"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name, (least, limit) in RANGES.items():
+        value = getattr(arguments, name)
+        if value is not None and not least <= value < limit:
+            bounds = f"at least {least}" + ("" if limit == math.inf else f" and below {limit}")
+            parser.error(f"--{name.replace('_', '-')} must be {bounds}")
+    if arguments.lora_alpha is not None and not arguments.lora_rank:
+        parser.error("--lora-alpha needs --lora-rank")
+    if bool(arguments.milestones) != (arguments.schedule == "step"):
+        parser.error("--milestones and --schedule step need each other")
+    if arguments.backgrounds and not (arguments.cutouts or arguments.more_cutouts or arguments.validation_cutouts):
+        parser.error("--backgrounds is for cut-outs: give --cutouts or --more-cutouts")
     return arguments
 
 
@@ -659,7 +673,7 @@ def resume(run: Run) -> None:
     """Continues from a checkpoint where that is wanted, and makes sure that runs do not mix where it is not.
 
     Raises:
-        TrainingError: there is a checkpoint and no word of resuming, or one that does not fit.
+        TrainingError: there is a run and no word of resuming, or nothing to resume it from, or what does not fit.
     """
     arguments, accelerator = run.arguments, run.accelerator
     folder = arguments.output_dir / "checkpoints"
@@ -671,9 +685,16 @@ def resume(run: Run) -> None:
     checkpoints = list_checkpoints(folder)
     if checkpoints and arguments.resume is None:
         raise TrainingError(f"{folder} has checkpoints: pass --resume, or choose another --output-dir.")
+    if not checkpoints and arguments.resume in (None, "latest") and any(arguments.output_dir.glob("*.safetensors")):
+        raise TrainingError(
+            f"{arguments.output_dir} holds a network, which this run would replace, and no checkpoint to go on from: choose "
+            "another --output-dir. To train it further, pass it as --model."
+        )
     checkpoint = None
     if arguments.resume == "latest":
         checkpoint = checkpoints[-1] if checkpoints else None
+        if checkpoint is None:
+            logger.info("There is no checkpoint in %s: starting with the first step.", folder)
     elif arguments.resume is not None:
         checkpoint = Path(arguments.resume)
     if checkpoint is not None:

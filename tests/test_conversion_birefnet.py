@@ -149,6 +149,17 @@ def without(*parts):
         (without("decoder.decoder_block4."), "incomplete or another network"),
         (lambda tensors: {n.replace("bb.layers", "bb.stages"): t for n, t in tensors.items()}, "does not know"),
         (without("decoder.decoder_block2.conv_out.weight"), "lacks 1 tensors"),
+        *[
+            (without(part), "has no tensor '.*': the file is incomplete")
+            for part in (
+                "bb.layers.3.",
+                "bb.layers.2.blocks.0.",
+                "relative_position_bias_table",
+                "decoder.lateral_block4.",
+                "decoder.decoder_block3.",
+                "decoder.ipt_blk1.",
+            )
+        ],
     ],
     ids=[
         "academic",
@@ -158,6 +169,12 @@ def without(*parts):
         "no-decoder-block",
         "unknown-backbone",
         "one-missing",
+        "no-last-stage",
+        "no-block",
+        "no-position-tables",
+        "no-lateral-block",
+        "no-finer-decoder-block",
+        "no-image-branch",
     ],
 )
 def test_refusals_name_the_cause(damage, message, released_dir, tmp_path, caplog):
@@ -173,7 +190,7 @@ def test_refusals_name_the_cause(damage, message, released_dir, tmp_path, caplog
     torch.save({f"module.{name}": tensor for name, tensor in tensors.items()}, tmp_path / "damaged.pth")
     with caplog.at_level("ERROR"):
         assert run_script("convert_checkpoint.py", tmp_path / "damaged.pth", tmp_path / "out") == 1
-    assert message in caplog.text or "1 missing keys" in caplog.text
+    assert re.search(message, caplog.text) or "1 missing keys" in caplog.text
     assert not (tmp_path / "out").exists()
 
 

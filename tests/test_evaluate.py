@@ -351,6 +351,7 @@ def test_number_without_meaning_is_null_in_json(data, tmp_path):
         (["--model", "m", "--metrics", "mae", "--worst-by", "iou"], "add it to --metrics"),
         (["--predictions", "p", "--cutouts"], "no --predictions yet"),
         (["--predictions", "p", "--save-predictions", "q"], "are for a --model"),
+        (["--model", "m", "--backgrounds", "walls"], "--backgrounds needs --cutouts"),
         (["--model", "m", "--batch-size", "0"], "must be at least 1"),
         (["--model", "m", "--cutouts", "--thin-probability", "20"], "is a chance, from 0 to 1"),
     ],

@@ -668,6 +668,17 @@ def test_full_disk_leaves_the_last_checkpoint_usable(pairs, tmp_path, messages):
         subprocess.run(["umount", "--lazy", str(disk)], check=True)  # loaded weights may still be mapped
 
 
+@pytest.mark.parametrize("more", [(), ("--resume",)])
+def test_a_finished_run_without_its_checkpoints_is_not_replaced(more, pairs, tmp_path, messages):
+    run = tmp_path / "run"
+    assert train.main(arguments(pairs, run, "--epochs", 1, "--resume")) == 0  # where there is nothing, it starts
+    shutil.rmtree(run / "checkpoints")
+    before = {path: path.read_bytes() for path in (run / "model.safetensors", run / "log.jsonl")}
+    assert train.main(arguments(pairs, run, *more)) == 1
+    assert "holds a network, which this run would replace" in messages.text
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
 def test_foreign_folders_are_refused(pairs, tmp_path, messages):
     run = tmp_path / "run"
     assert train.main(arguments(pairs, run, "--epochs", 1, "--checkpoint-steps", 4)) == 0
@@ -784,19 +795,42 @@ def test_all_sources_of_data_are_reached_from_the_command_line(pairs, tmp_path):
         (["--validation-fraction", "0.1", "--validation-subsets", "DIS-VD"], "--validation-subsets"),
         (["--subsets", "DIS-VD", "--validation-subsets", "DIS-VD"], "--validation-subsets"),
         (["--validation-samples", "3"], "--validation-samples"),
+        (["--lora-alpha", "8"], "--lora-alpha needs --lora-rank"),
+        (["--milestones", "3"], "--milestones and --schedule step"),
+        (["--schedule", "step"], "--milestones and --schedule step"),
+        (["--backgrounds", "walls"], "give --cutouts or --more-cutouts"),
     ],
     ids=str,
 )
-def test_settings_of_validation_without_its_data(given, named, capsys):
+def test_settings_without_what_they_need(given, named, capsys):
     with pytest.raises(SystemExit):
         train.parse_arguments(["--data", "DIS5K", "--output-dir", "x", "--backbone", "y", *given])
     assert named in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "option, value, bounds",
+    [
+        ("max-grad-norm", "-5", "at least 0"),  # would climb
+        ("learning-rate", "nan", "at least 0"),
+        ("lora-rank", "-1", "at least 0"),
+        ("batch-size", "0", "at least 1"),
+        ("ema-decay", "1.5", "at least 0 and below 1"),
+        ("validation-fraction", "1", "at least 0 and below 1"),
+    ],
+)
+def test_numbers_out_of_range(option, value, bounds, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--data", "DIS5K", "--output-dir", "x", "--backbone", "y", f"--{option}={value}"])
+    assert f"--{option} must be {bounds}\n" in capsys.readouterr().err
+
+
 def test_home_in_a_file_of_settings(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     settings = tmp_path / "settings.yaml"
-    settings.write_text("data: ~/photos\nbackgrounds: ~/walls\noutput_dir: ~/run\nbackbone: swin_v1_t\n")
+    settings.write_text(
+        "data: ~/photos\ncutouts: true\nbackgrounds: ~/walls\noutput_dir: ~/run\nbackbone: swin_v1_t\n"
+    )
     arguments = train.parse_arguments(["--config", str(settings)])
     found = (arguments.data, arguments.backgrounds, str(arguments.output_dir))
     assert found == tuple(str(tmp_path / name) for name in ("photos", "walls", "run"))

@@ -295,8 +295,15 @@ def infer_architecture(shapes: Mapping[str, tuple[int, ...]], source: str = "the
     stripped = strip_training_prefixes(shapes)
     shapes = {stripped[name]: tuple(shape) for name, shape in shapes.items()}
     _refuse_foreign_files(shapes, source)
-    backbone = _infer_backbone(shapes, source)
-    settings: dict[str, Any] = {**backbone}
+    try:
+        return _infer_settings(shapes, source)
+    except KeyError as error:
+        raise ValueError(f"{source} has no tensor {error}: the file is incomplete or another network.") from error
+
+
+def _infer_settings(shapes: Shapes, source: str) -> dict[str, Any]:
+    """What `infer_architecture` returns; KeyError where a tensor is missing."""
+    settings = _infer_backbone(shapes, source)
     backbone_channels = settings.pop("channels")
 
     # Width of the coarsest map the decoder gets, against the backbone's own: doubled where two scales are concatenated.
