@@ -60,7 +60,7 @@ from birefnet_hf import (
     modeling_birefnet,
     ops_birefnet,
 )
-from birefnet_hf.checkpoints_birefnet import resolve_checkpoint
+from birefnet_hf.checkpoints_birefnet import find_model
 from birefnet_hf.loss_birefnet import BiRefNetLoss
 from birefnet_hf.onnx_birefnet import ONNX_FILE_NAMES, BiRefNetOnnxForImageSegmentation
 
@@ -75,7 +75,7 @@ COMPILE_MODES = {"compile": "default", "reduce-overhead": "reduce-overhead"}
 def write_model(model: str | None, settings: dict[str, Any], folder: Path) -> None:
     """Writes the network that all rows measure: a checkpoint's, or a random one with these settings."""
     if model is not None:
-        network = BiRefNetForImageSegmentation.from_pretrained(resolve_checkpoint(model), dtype=torch.float32)
+        network = BiRefNetForImageSegmentation.from_pretrained(find_model(model), dtype=torch.float32)
     else:
         torch.manual_seed(0)
         network = BiRefNetForImageSegmentation(BiRefNetConfig(**settings))

@@ -30,7 +30,7 @@ from torch import nn
 from torch.export import Dim
 
 from birefnet_hf import BiRefNetForImageSegmentation, BiRefNetImageProcessor
-from birefnet_hf.checkpoints_birefnet import resolve_checkpoint
+from birefnet_hf.checkpoints_birefnet import find_model
 from birefnet_hf.image_loading import staged_files
 from birefnet_hf.modeling_birefnet import SIZE_DIVISOR
 from birefnet_hf.onnx_birefnet import ONNX_FILE_NAMES, BiRefNetOnnxForImageSegmentation
@@ -110,10 +110,14 @@ def load(
     name: str, size: Sequence[int] | None
 ) -> tuple[BiRefNetForImageSegmentation, BiRefNetImageProcessor, tuple[int, int]]:
     """The network in float32, its processor at the wanted size, and that size (height, width)."""
-    name = resolve_checkpoint(name)
+    name = find_model(name)
     settings = {"size": {"height": size[0], "width": size[1]}} if size else {}
     processor = BiRefNetImageProcessor.from_pretrained(name, **settings)
     model = BiRefNetForImageSegmentation.from_pretrained(name, dtype=torch.float32).eval()
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ExportError(
+            f"{name} holds adapters (LoRA): run its training with --resume --merge-lora for a whole network."
+        )
     if processor.size.height is not None:
         return model, processor, (processor.size.height, processor.size.width)
     raise ExportError(f"{name} takes images of any size: give --size HEIGHT WIDTH for a graph of that size.")

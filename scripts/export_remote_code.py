@@ -13,10 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
 
 from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
-from birefnet_hf.checkpoints_birefnet import resolve_checkpoint
+from birefnet_hf.checkpoints_birefnet import find_model
 from birefnet_hf.image_loading import staged_files
 
 
@@ -42,15 +43,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.error("%s exists and is not empty; choose another OUTPUT_DIR.", output_dir)
         return 2
     overrides = {"patch_order": arguments.patch_order} if arguments.patch_order else {}
-    name = resolve_checkpoint(arguments.model)
     try:
+        name = find_model(arguments.model)
         model = BiRefNetForImageSegmentation.from_pretrained(name, **overrides)
         processor = BiRefNetImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         logger.error("%s", error)
         return 1
     if getattr(model, "_hf_peft_config_loaded", False):
-        logger.error("%s holds adapters (LoRA) of another network: train it with --merge-lora.", arguments.model)
+        logger.error(
+            "%s holds adapters (LoRA): run its training with --resume --merge-lora for a whole network.", name
+        )
         return 1
     # From here on every save of these classes in this process copies code: hence a script, not a part of the package.
     BiRefNetConfig.register_for_auto_class()
@@ -67,8 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logger.info("Saved %s with %d code files.", output_dir, len(list(output_dir.glob("*.py"))))
     if arguments.push_to_hub:
         try:
-            model.push_to_hub(arguments.push_to_hub)
-            processor.push_to_hub(arguments.push_to_hub)
+            api = HfApi()
+            repository = api.create_repo(arguments.push_to_hub, exist_ok=True).repo_id
+            api.upload_folder(
+                repo_id=repository, folder_path=output_dir, commit_message="Upload BiRefNet with its code"
+            )
         except Exception as error:  # of the Hub's client, of the connection below it, or of the disk
             logger.error(
                 "Not pushed: %s. %s is complete: hf upload %s %s", error, output_dir, arguments.push_to_hub, output_dir

@@ -69,7 +69,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
-from birefnet_hf.checkpoints_birefnet import get_checkpoint, resolve_checkpoint
+from birefnet_hf.checkpoints_birefnet import find_model, get_checkpoint, resolve_checkpoint
 from birefnet_hf.data import BadDataError, TrainingBatchSampler, TrainingDataset, build_augmentation, load_pairs
 from birefnet_hf.image_loading import ImageLoadError, staged_files
 from birefnet_hf.loss_birefnet import BiRefNetLoss, loss_weights
@@ -505,7 +505,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[BiRefNetForImageSegmentat
     if unknown := sorted(settings.keys() - {field.name for field in fields(BiRefNetConfig)}):
         raise ValueError(f"--model-settings: BiRefNetConfig has no {', '.join(unknown)}.")
     if arguments.model is not None:
-        name = resolve_checkpoint(arguments.model)
+        name = find_model(arguments.model)
         model = BiRefNetForImageSegmentation.from_pretrained(name, dtype=torch.float32, **settings)
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
@@ -713,6 +713,11 @@ def resume(run: Run) -> None:
         for group, own in zip(run.optimizer.param_groups, rates, strict=True):
             group.update(own)
         run.step, run.history, run.seconds = state["step"], state["history"], state["seconds"]
+        if run.step > run.total_steps:
+            raise TrainingError(
+                f"{checkpoint} has done {run.step} steps, more than the {run.total_steps} of these settings: give --epochs "
+                "as large as before, or an earlier checkpoint to --resume."
+            )
         run.gone = {record["step"] for record in run.history} - {step_of_best(arguments.output_dir / "best")}
         logger.info("Continuing from %s, after step %d of %d.", checkpoint, run.step, run.total_steps)
     if accelerator.is_main_process:
@@ -977,6 +982,7 @@ def save_model(run: Run, folder: Path, results: Mapping[str, Any]) -> None:
                 network.save_pretrained(staging)
             else:
                 network.save_pretrained(staging / "adapter")
+                run.processor.save_pretrained(staging / "adapter")
                 copy.deepcopy(network).merge_and_unload().save_pretrained(staging)
             run.processor.save_pretrained(staging)
             (staging / "README.md").write_text(write_card(run), encoding="utf-8")
@@ -1070,8 +1076,9 @@ def finish(run: Run) -> None:
         return
     logger.info("Saved to %s.", arguments.output_dir)
     if arguments.push_to_hub:
-        HfApi().upload_folder(
-            repo_id=arguments.push_to_hub,
+        api = HfApi()
+        api.upload_folder(
+            repo_id=api.create_repo(arguments.push_to_hub, exist_ok=True).repo_id,  # with the owner
             folder_path=arguments.output_dir,
             ignore_patterns=IGNORED_ON_THE_HUB,
             commit_message="Trained with birefnet_hf",

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from birefnet_hf.checkpoints_birefnet import CHECKPOINTS, get_checkpoint, resolve_checkpoint
+from birefnet_hf.checkpoints_birefnet import CHECKPOINTS, find_model, get_checkpoint, resolve_checkpoint
 
 
 def test_every_entry_is_complete_and_unambiguous():
@@ -106,3 +106,15 @@ def test_needs_nothing_but_the_standard_library():
 
     code = f"import runpy; runpy.run_path({module.__file__!r})"
     subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
+
+
+def test_what_is_no_model_is_refused_without_asking_the_hub(tmp_path):
+    assert find_model(tmp_path) == str(tmp_path)
+    assert find_model("lite") == find_model("ZhengPeng7/BiRefNet_lite") == "ZhengPeng7/BiRefNet_lite"
+    (tmp_path / "weights.pth").touch()
+    with pytest.raises(ValueError, match="is a file; pass a directory"):
+        find_model(tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="Did you mean 'lite'"):
+        find_model("litee")
+    with pytest.raises(ValueError, match="is no directory, no Hub id"):
+        find_model("./weights/mine")

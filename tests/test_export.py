@@ -11,12 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import displace, load_script, tiny_settings
+from packaging import version
 from PIL import Image
 from transformers.utils import logging as transformers_logging
 
 from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor, load_pipeline
 from birefnet_hf.onnx_birefnet import BiRefNetOnnxForImageSegmentation
+from birefnet_hf.training import add_adapters
 
 
 export_onnx = load_script(Path(__file__).parent.parent / "scripts" / "export_onnx.py")
@@ -274,6 +277,18 @@ def test_network_for_any_size_needs_one(network_dir, tmp_path, copy_of, caplog):
     assert export_onnx.main([str(folder), str(tmp_path / "output"), "--check", "onnxruntime"]) == 1
     assert "give --size HEIGHT WIDTH" in caplog.text
     assert not (tmp_path / "output").exists()
+
+
+def test_what_is_no_network_is_refused(network_dir, tmp_path, caplog):
+    assert export_onnx.main(["nanoo", str(tmp_path / "out")]) == 1
+    assert "Did you mean 'nano'" in caplog.text
+    model = BiRefNetForImageSegmentation.from_pretrained(network_dir)
+    add_adapters(model, rank=2, alpha=4).save_pretrained(tmp_path / "adapter")
+    BiRefNetImageProcessor.from_pretrained(network_dir).save_pretrained(tmp_path / "adapter")
+    assert export_onnx.main([str(tmp_path / "adapter"), str(tmp_path / "out")]) == 1
+    if version.parse(transformers.__version__) >= version.parse("5.18"):
+        assert "run its training with --resume --merge-lora" in caplog.text
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_runtimes_are_named(network_dir, exported_dir, monkeypatch):

@@ -149,12 +149,17 @@ def test_deep_images_are_scaled_not_clipped(processor_class, tmp_path):
         torch.testing.assert_close(processor(source, return_tensors="pt")["pixel_values"], expected)
 
 
-def test_float_images(processor_class):
+def test_float_images(processor_class, messages):
     array = random_array(64, 64)
     processor = processor_class(size=64)
     expected = processor(array, return_tensors="pt")["pixel_values"]
     scaled = processor(array.astype(np.float32) / 255, do_rescale=False, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(scaled, expected, atol=2e-6, rtol=0)
+    processor(array.astype(np.float32), return_tensors="pt")
+    processor(np.zeros_like(array, dtype=np.float32), return_tensors="pt")
+    assert not messages
+    processor(array.astype(np.float32) / 255, return_tensors="pt")
+    assert "pass do_rescale=False" in messages[0]
 
 
 def test_four_channels_without_conversion(processor_class):

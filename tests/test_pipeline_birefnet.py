@@ -1,5 +1,6 @@
 """The background-removal pipeline, the stock image-segmentation pipeline, and `load_pipeline`, which builds both."""
 
+import io
 import json
 import logging
 import struct
@@ -492,13 +493,44 @@ def test_stock_pipeline(seeing_model_dir, library_log):
     ]
     assert not library_log.records
     for stock in stocks:
-        assert type(stock) is ImageSegmentationPipeline
+        assert isinstance(stock, ImageSegmentationPipeline)
         [segment] = stock(photo())
         assert segment["label"] == "foreground"
         assert 0.5 < segment["score"] <= 1
         assert (segment["mask"].mode, segment["mask"].size) == ("L", (90, 60))
         assert segment["mask"].getpixel((45, 30)) == 255
         assert segment["mask"].getpixel((0, 0)) == 0
+
+
+def test_stock_pipeline_reads_what_ours_reads_and_refuses_what_it_would_ignore(seeing_model_dir, tmp_path):
+    stock = load_pipeline(seeing_model_dir, task="image-segmentation", device="cpu")
+    [expected] = stock(photo())
+    deep = np.asarray(photo().convert("L")).astype(np.uint16) * 257
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    [of_deep] = stock(photo().convert("L"))
+    content = io.BytesIO()
+    photo().save(content, "PNG")
+    for source, wanted in (
+        (np.asarray(photo()), expected),
+        (content.getvalue(), expected),
+        (tmp_path / "deep.png", of_deep),
+    ):
+        [segment] = stock(source, threshold=0.5)
+        assert segment["score"] == pytest.approx(wanted["score"], abs=1e-6)
+        assert difference(segment["mask"], wanted["mask"]) == 0
+    with pytest.raises(ValueError, match="no output_type; it takes subtask, threshold"):
+        stock(photo(), output_type="mask")
+    with pytest.raises(ValueError, match="no background, refine_foreground; .*background-removal"):
+        load_pipeline("nano", task="image-segmentation", background="white", refine_foreground=False)
+
+
+def test_device_map(seeing_model_dir, pipe):
+    spread = load_pipeline(seeing_model_dir, device_map={"": "cpu"})
+    assert spread.device.type == "cpu" and spread.dtype == torch.float32
+    assert difference(spread(photo(), output_type="mask"), pipe(photo(), output_type="mask")) == 0
+    for model, device in ((seeing_model_dir, "cpu"), (spread.model, None)):
+        with pytest.raises(ValueError, match="`device_map` is for loading, and instead of `device`"):
+            load_pipeline(model, device=device, device_map="auto")
 
 
 def test_both_pipelines_find_the_object(scene, tmp_path):

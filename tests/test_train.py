@@ -443,6 +443,8 @@ def test_adapters_are_trained_saved_and_merged(pairs, tiny_model_dir, tmp_path):
     }
     assert changed and not any("norm" in name for name in changed)  # frozen statistics: they are in no adapter
 
+    assert load_pipeline(output / "adapter", device="cpu").image_processor.size == {"height": 64, "width": 64}
+
     # Once more without merging: of the whole network nothing may be left, to which the adapters would be applied again.
     unmerged = [argument for argument in more if argument != "--merge-lora"]
     assert train.main(arguments(pairs, output, *unmerged, "--resume")) == 0
@@ -545,7 +547,7 @@ def test_damaged_image_among_those_of_validation(pairs, damaged_pairs, tmp_path,
     assert "Replaced by the next sample" in messages.text and "5.png" in messages.text
 
 
-def test_resumed_from_an_earlier_checkpoint(pairs, tmp_path):
+def test_resumed_from_an_earlier_checkpoint(pairs, tmp_path, messages):
     """The line that was left gives way, changed settings hold, and what was not measured before is no obstacle."""
     run = tmp_path / "run"
     more = ["--checkpoint-steps", 1, "--keep-checkpoints", 3, "--validation-fraction", 0.2, "--ema-decay", 0]
@@ -568,6 +570,9 @@ def test_resumed_from_an_earlier_checkpoint(pairs, tmp_path):
     for name, before in frozen.items():
         torch.testing.assert_close(trained[name], before, atol=1e-20, rtol=0)  # 1e-3 would move them by that
 
+    assert train.main(arguments(pairs, run, *more, "--resume", "--epochs", 1)) == 1
+    assert "more than the" in messages.text and "give --epochs as large as before" in messages.text
+
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_best_is_what_the_results_say(kept, pairs, tmp_path):
@@ -581,6 +586,7 @@ def test_best_is_what_the_results_say(kept, pairs, tmp_path):
         more += ["--resume", before]
     else:
         shutil.rmtree(run / "checkpoints")
+        (run / "model.safetensors").unlink()
         (run / "best" / "model.safetensors").write_bytes(b"old")
     # By a metric that is the worse the longer the training, with a rate that only spoils the network.
     again = ["--best-metric", "mae", "--learning-rate", "1"]
@@ -836,15 +842,11 @@ def test_home_in_a_file_of_settings(tmp_path, monkeypatch):
     assert found == tuple(str(tmp_path / name) for name in ("photos", "walls", "run"))
 
 
-def test_backgrounds_matter_to_cutouts_only(tmp_path):
-    for number in range(2):
-        image, mask = draw_pair(number)
-        for folder, picture in (("im", image), ("gt", mask)):
-            (tmp_path / folder).mkdir(exist_ok=True)
-            picture.save(tmp_path / folder / f"{number}.png")
+def test_missing_backgrounds_are_named(tmp_path):
+    image, mask = draw_pair(0)
+    image.putalpha(mask)
+    image.save(tmp_path / "0.png")
     more = ["--backgrounds", str(tmp_path / "nowhere"), "--output-dir", "x", "--backbone", "y"]
-    settings = train.parse_arguments(["--data", str(tmp_path), *more])
-    assert len(train.load_data(settings, (64, 64))[0]) == 2
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train.load_data(train.parse_arguments(["--data", str(tmp_path), "--cutouts", *more]), (64, 64))
 

@@ -4,7 +4,9 @@ The released repositories state neither an input size nor the patch order that t
 come from this table. The patch orders are inferred from publication dates and vendored code, not measured.
 """
 
+import difflib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Literal
@@ -154,6 +156,28 @@ def resolve_checkpoint(name: str) -> str:
         return NANO
     checkpoint = _BY_ALIAS.get(name.casefold())
     return name if checkpoint is None else checkpoint.hub_id
+
+
+def find_model(name: str | os.PathLike[str]) -> str:
+    """As `resolve_checkpoint`, of what is a directory or may be a Hub id; all else is refused before the Hub is asked.
+
+    Raises:
+        ValueError: a file, or neither a directory nor a Hub id nor an alias.
+    """
+    name = resolve_checkpoint(os.fspath(name))
+    if os.path.isfile(name):
+        raise ValueError(
+            f"{name} is a file; pass a directory with config.json and model.safetensors. "
+            "scripts/convert_checkpoint.py turns a weights file into one."
+        )
+    if not os.path.isdir(name) and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        aliases = list_aliases()
+        close = difflib.get_close_matches(name, aliases, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(
+            f"{name} is no directory, no Hub id (owner/name) and no alias.{hint} The aliases are {', '.join(aliases)}."
+        )
+    return name
 
 
 def _holds_model(path: str) -> bool:

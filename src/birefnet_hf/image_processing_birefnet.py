@@ -152,6 +152,11 @@ def _flatten_masks(masks: Any) -> list[Any]:
     return _flatten(masks)
 
 
+def _is_rescaled(image: np.ndarray | torch.Tensor) -> bool:
+    is_float = image.is_floating_point() if isinstance(image, torch.Tensor) else image.dtype.kind == "f"
+    return is_float and 0 < image.max() <= 1
+
+
 class _BiRefNetImageProcessing:
     """What both backends share: reading of images and masks, sizes, defaults of released checkpoints, outputs."""
 
@@ -205,6 +210,11 @@ class _BiRefNetImageProcessing:
         images = self._prepare_image_like_inputs(images, **kwargs)
         if not images:
             raise ValueError("There is no image to process: the list of images is empty.")
+        if kwargs.get("do_rescale") and any(_is_rescaled(image) for image in images):
+            logger.warning_once(
+                "An image of floating-point numbers has none above 1 and is read as nearly black. If it lies in [0, 1], "
+                "pass do_rescale=False."
+            )
         pixel_values = self._preprocess(images, return_tensors=None, **kwargs)["pixel_values"]
         data = {"pixel_values": list(pixel_values)}
         if segmentation_maps is not None:

@@ -1,8 +1,6 @@
 """Background removal as a pipeline: any image in; soft mask, cut-out or composite out, at the image's own size."""
 
-import difflib
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
@@ -15,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import ImageSegmentationPipeline, Pipeline
 from transformers.utils import logging
 
-from .checkpoints_birefnet import get_checkpoint, list_aliases, resolve_checkpoint
+from .checkpoints_birefnet import find_model, get_checkpoint
 from .foreground import composite, parse_background, refine_foreground, to_tensor, to_uint8
 from .image_loading import IMAGE_TYPES, ImageLoadError, convert_colours, load_image, rgb_profile
 from .image_processing_birefnet import BiRefNetImageProcessor
@@ -30,6 +28,8 @@ OutputType = Literal["mask", "cutout", "composite"]
 _NOT_STREAMED = list | Dataset | IMAGE_TYPES | Mapping | torch.Tensor
 Size = int | tuple[int, int] | dict[str, int]
 Background = torch.Tensor | Literal["blur"]
+# Of the stock pipeline, which ignores all others.
+_STOCK_OPTIONS = ("subtask", "threshold", "mask_threshold", "overlap_mask_area_threshold", "timeout")
 
 # Standard deviation of a blurred background, as a share of the image's longer side, but two pixels at least.
 BLUR_SHARE = 0.02
@@ -365,6 +365,7 @@ def load_pipeline(
     image_processor: BiRefNetImageProcessor | None = None,
     size: Size | None = None,
     patch_order: Literal["c_hg_wg", "wg_hg_c"] | None = None,
+    device_map: str | dict[str, int | str | torch.device] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -375,9 +376,11 @@ def load_pipeline(
 
     Args:
         model: Hub id; directory, released, written by `save_pretrained` or by scripts/export_onnx.py (which runs in ONNX
-            Runtime on the CPU, in the precision and at the size that it was exported with); alias such as "lite" (see `checkpoints_birefnet`), of which "nano" needs no download; or a model
-            object, which is put into evaluation mode.
-        task: "background-removal", or "image-segmentation" for Transformers' own pipeline with its binary masks.
+            Runtime on the CPU, in the precision and at the size that it was exported with); alias such as "lite" (see
+            `checkpoints_birefnet`), of which "nano" needs no download; or a model object, which is put into evaluation
+            mode.
+        task: "background-removal", or "image-segmentation" for Transformers' own pipeline with its binary masks, and
+            its options.
         device: Where to compute; default the first CUDA or MPS device, else the CPU. A model object stays where it is,
             also in several places that `device_map` has chosen.
         dtype: Precision of the weights; default float32 on the CPU, also for a float16 file, and the file's own on
@@ -385,6 +388,7 @@ def load_pipeline(
         image_processor: Default the checkpoint's.
         size: Input size of the network, (height, width) or one side, instead of the image processor's.
         patch_order: Order of the image patches' channels, instead of the configuration's; see `BiRefNetConfig`.
+        device_map: As in `from_pretrained`, instead of `device`.
         revision, token, cache_dir, local_files_only: As in `from_pretrained`.
         **pipeline_options: Options of the pipeline, e.g. `batch_size`, `output_type`, `background`; see
             [`BackgroundRemovalPipeline`].
@@ -393,13 +397,13 @@ def load_pipeline(
         A [`BackgroundRemovalPipeline`] or `transformers.ImageSegmentationPipeline`.
 
     Raises:
-        ValueError: unknown task, device or dtype, a device that is not there, a size that is no multiple of 32, what is
+        ValueError: unknown task, device or dtype, a device that is not there or given in two ways, a size that is no multiple of 32, what is
             neither a model's directory nor a name, or options that an exported directory does not have.
         OSError: there is no such model on the Hub, no connection, or its files cannot be read.
     """
     pipeline_classes = {
         "background-removal": BackgroundRemovalPipeline,
-        "image-segmentation": ImageSegmentationPipeline,
+        "image-segmentation": _StockPipeline,
     }
     if task not in pipeline_classes:
         raise ValueError(f"task={task!r} is unknown; choose one of {list(pipeline_classes)}.")
@@ -413,6 +417,10 @@ def load_pipeline(
             "`size` is the image processor's: give one of that size, or leave `image_processor` to be found."
         )
 
+    if device_map is not None and (device is not None or not isinstance(model, str | os.PathLike)):
+        raise ValueError(
+            "`device_map` is for loading, and instead of `device`: pass one of the two, with a model's name."
+        )
     hub_options = {
         "revision": revision,
         "token": token,
@@ -422,25 +430,22 @@ def load_pipeline(
     if not isinstance(model, str | os.PathLike):
         if patch_order not in (None, model.config.patch_order):
             raise ValueError("`patch_order` belongs to loading; this model is loaded. Pass it to `from_pretrained`.")
-        if device is not None:
-            device = _find_device(device)
-        elif getattr(model, "hf_device_map", None) is None:  # else the pipeline finds where to begin
-            device = model.device
+        device = _device_of(model) if device is None else _find_device(device)
         if dtype not in (None, "auto"):
             model.to(dtype)
         image_processor = image_processor or _image_processor_of(model, **hub_options, **resize)
     else:
-        name = resolve_checkpoint(os.fspath(model))
-        _check_name(name)
+        name = find_model(model)
         is_exported = _is_exported(name)
-        if is_exported and (dtype is not None or patch_order is not None):
+        if is_exported and not (dtype is patch_order is device_map is None):
             raise ValueError(
-                f"{name} is exported: leave out `dtype` and `patch_order`, which are what they were then."
+                f"{name} is exported: leave out `dtype` and `patch_order`, which are what they were then, and "
+                "`device_map`."
             )
         device = _find_device(device)
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else "auto"
-        settings = {} if patch_order is None else {"patch_order": patch_order}
+        settings = {"device_map": device_map} | ({} if patch_order is None else {"patch_order": patch_order})
         if image_processor is None:
             image_processor = BiRefNetImageProcessor.from_pretrained(name, **hub_options, **resize)
         if is_exported:
@@ -454,18 +459,29 @@ def load_pipeline(
             model = BiRefNetOnnxForImageSegmentation.from_pretrained(name, **hub_options)
         else:
             model = BiRefNetForImageSegmentation.from_pretrained(name, dtype=dtype, **hub_options, **settings)
-    if isinstance(model, BiRefNetOnnxForImageSegmentation) and task == "image-segmentation":
-        pipeline_classes[task] = _ExportedImageSegmentationPipeline
+            if device_map is not None:
+                device = _device_of(model)
     return pipeline_classes[task](
         model=model.eval(), image_processor=image_processor, device=device, task=task, **pipeline_options
     )
 
 
-class _ExportedImageSegmentationPipeline(ImageSegmentationPipeline):
-    """The stock pipeline, which would log that it knows nothing of exported models."""
+class _StockPipeline(ImageSegmentationPipeline):
+    """The stock pipeline, reading images as ours does: arrays, bytes and every depth of colour, public addresses only."""
 
     def check_model_type(self, supported_models: Any) -> None:
-        pass
+        """It would log that it knows nothing of exported models."""
+
+    def _sanitize_parameters(self, **options) -> tuple[dict, dict, dict]:
+        if unknown := sorted(options.keys() - _STOCK_OPTIONS):
+            raise ValueError(
+                f"The image-segmentation pipeline has no {', '.join(unknown)}; it takes {', '.join(_STOCK_OPTIONS)}. "
+                'What `BackgroundRemovalPipeline` can do needs task="background-removal".'
+            )
+        return super()._sanitize_parameters(**options)
+
+    def preprocess(self, image: Any, subtask: str | None = None, timeout: float | None = None) -> dict[str, Any]:
+        return super().preprocess(load_image(image, timeout=timeout), subtask)
 
 
 def _is_exported(name: str) -> bool:
@@ -474,22 +490,6 @@ def _is_exported(name: str) -> bool:
     return any(file in ONNX_FILE_NAMES.values() for file in files) and not any(
         file.endswith((".safetensors", ".bin", ".safetensors.index.json")) for file in files
     )
-
-
-def _check_name(name: str) -> None:
-    """Raises where the name can be neither a directory nor a Hub id, before the Hub is asked."""
-    if os.path.isfile(name):
-        raise ValueError(
-            f"{name} is a file; pass a directory with config.json and model.safetensors. "
-            "scripts/convert_checkpoint.py turns a weights file into one."
-        )
-    if not os.path.isdir(name) and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        aliases = list_aliases()
-        close = difflib.get_close_matches(name, aliases, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(
-            f"{name} is no directory, no Hub id (owner/name) and no alias.{hint} The aliases are {', '.join(aliases)}."
-        )
 
 
 def _find_device(device: str | int | torch.device | None) -> torch.device:
@@ -507,6 +507,11 @@ def _find_device(device: str | int | torch.device | None) -> torch.device:
     if not is_there.get(device.type, True):
         raise ValueError(f'device="{device}" is not there: PyTorch sees no such device. Use device="cpu".')
     return device
+
+
+def _device_of(model: BiRefNetForImageSegmentation) -> torch.device | None:
+    """Where it is; None where that is several places, among which the pipeline finds where to begin."""
+    return model.device if getattr(model, "hf_device_map", None) is None else None
 
 
 def _image_processor_of(
