@@ -85,8 +85,16 @@ nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIA
 	$(BIN)/python scripts/nano/mean.py runs/nano/people \
 		$(addprefix runs/nano/people/checkpoints/step-00000,300 400 500 600) runs/nano/people-steps
 	$(BIN)/python scripts/nano/mean.py runs/nano/people-steps runs/nano/objects-mean runs/nano/people-mean
-	$(BIN)/python scripts/nano/pack.py runs/nano/people-mean \
-		$(addprefix runs/nano/,small large longer photos detail renderings sharper settled rooms natural objects people)
+	mkdir -p runs/nano/recalled-cutouts
+	cp runs/nano/data-with-renderings/training/cutouts/* runs/nano/objects-cutouts/training/model_*_0.* \
+		runs/nano/recalled-cutouts
+	$(BIN)/python scripts/train.py --config scripts/nano/recalled.yaml --data runs/nano/portraits/training \
+		--more-cutouts runs/nano/recalled-cutouts --backgrounds runs/nano/natural-backgrounds \
+		--model runs/nano/people-mean --output-dir runs/nano/recalled
+	$(BIN)/python scripts/nano/mean.py runs/nano/recalled runs/nano/recalled/checkpoints/step-00000600 runs/nano/recalled-steps
+	$(BIN)/python scripts/nano/mean.py runs/nano/recalled-steps runs/nano/people-mean runs/nano/recalled-mean
+	$(BIN)/python scripts/nano/pack.py runs/nano/recalled-mean $(addprefix runs/nano/,small large longer photos detail \
+		renderings sharper settled rooms natural objects people recalled)
 
 notebook: $(READY)  ## run the quick start notebook and save its pictures
 	PYTHONWARNINGS="ignore:IProgress" $(BIN)/jupyter-execute --inplace notebooks/quickstart.ipynb

@@ -1,6 +1,7 @@
 """The trained network that ships with the package."""
 
 import copy
+import json
 import re
 import shlex
 import shutil
@@ -158,3 +159,13 @@ def test_every_training_of_make_nano_is_accepted():
     assert sorted(settings) == sorted(
         f"scripts/nano/{path.name}" for path in (ROOT / "scripts" / "nano").glob("*.yaml")
     )
+
+
+def test_log_tells_the_training_in_its_order():
+    rows = [json.loads(line) for line in (ROOT / "scripts" / "nano" / "log.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows]
+    assert steps == sorted(steps)
+    measured = [row["validation/iou"] for row in rows if "validation/iou" in row]
+    assert measured[0] < 0.3 and measured[-1] > 0.9
+    pack = load_script(ROOT / "scripts" / "nano" / "pack.py")
+    assert (ROOT / "scripts" / "nano" / "curve.svg").read_text() == pack.curve(rows)
