@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 
 # Everything that visitors send and get lies in one folder that only this process's user may read, and that is removed
@@ -49,6 +49,7 @@ except ImportError:  # not on ZeroGPU
 
 import gradio as gr  # noqa: E402
 import torch  # noqa: E402
+from gradio.data_classes import FileData  # noqa: E402
 from PIL import Image, ImageColor  # noqa: E402
 
 from birefnet_hf import BackgroundRemovalPipeline, load_pipeline  # noqa: E402
@@ -173,7 +174,7 @@ class ModelCache:
             return self.pipelines[name]
 
 
-MODELS = ModelCache(int(os.environ.get("BIREFNET_CACHED_MODELS", 2)))
+MODELS = ModelCache(max(1, int(read_number("BIREFNET_CACHED_MODELS", 2))))
 
 
 class Photo(gr.Image):
@@ -183,6 +184,17 @@ class Photo(gr.Image):
 
     def preprocess(self, payload: Any) -> str | None:
         return None if payload is None else payload.path
+
+
+class Files(gr.File):
+    """A field for many files whose schema has no references: among the parameters of an MCP tool they lead nowhere."""
+
+    is_template = True
+
+    def api_info(self) -> dict[str, Any]:
+        file = FileData.model_json_schema()
+        file["properties"]["meta"] = file.pop("$defs")["FileDataMeta"]
+        return {"type": "array", "items": file}
 
 
 def model_choices() -> list[tuple[str, str]]:
@@ -285,6 +297,12 @@ def check_file_size(path: str) -> None:
 
 async def download(url: str, cache_dir: str) -> str:
     """What Gradio does with an address in a field for files (of its API), but within the limits of size and time."""
+    try:  # a result of ours is there already, and its address mostly a private one
+        own = Path(unquote(urlsplit(url).path.partition("/gradio_api/file=")[2])).resolve()
+        if own.is_relative_to(WORK) and own.is_file():
+            return str(own)
+    except (ValueError, OSError):  # no address, or no path
+        pass
     try:
         content = await asyncio.to_thread(fetch, url, timeout=URL_TIMEOUT, max_bytes=MAX_FILE_BYTES)
     except ImageLoadError as error:
@@ -385,7 +403,7 @@ def cut_out_image(
         threshold: 0 keeps edges soft; above, the mask is split at this value.
 
     Returns:
-        Before and after; the result as a PNG file; the mask; a notice, mostly empty.
+        Before and after, the result as a PNG file, the mask, and a notice, mostly empty.
     """
     source = image or (url or "").strip()
     if not source:
@@ -435,8 +453,8 @@ def cut_out_batch(
         threshold: 0 keeps edges soft; above, masks are split at this value.
 
     Returns:
-        The results with their names; all of them as a ZIP of PNG files; a report that names every failure. Before, how
-        far it is, as for videos.
+        The results with their names, all of them as a ZIP of PNG files, and a report that names every failure. Before,
+        how far it is, as for videos.
     """
     if not files:
         raise gr.Error("Choose some photos first.")
@@ -487,9 +505,10 @@ def stop_batch(pictures: list[tuple[str, str]] | None) -> tuple[str | None, str]
     if not pictures:
         return None, "Stopped."
     folder = request_folder()
-    for path, name in pictures:
-        shutil.copyfile(path, folder / Path(name).name)
-    return _zip(folder, [Path(name).name for _, name in pictures]), f"Stopped: {len(pictures)} done."
+    names = [Path(name or path).name for path, name in pictures]
+    for (path, _), name in zip(pictures, names, strict=True):
+        shutil.copyfile(path, folder / name)
+    return _zip(folder, names), f"Stopped: {len(pictures)} done."
 
 
 def _zip(folder: Path, names: list[str]) -> str:
@@ -557,8 +576,8 @@ def cut_out_clip(
         threshold: 0 keeps edges soft; above, masks are split at this value.
 
     Returns:
-        The video to look at (none for ProRes, which browsers do not play); the file; a notice, mostly empty. Before, how
-        far it is: Gradio stops asking for more where the visitor has left, so that others need not wait.
+        The video to look at (none for ProRes, which browsers do not play), the file, and a notice, mostly empty. Before,
+        how far it is: Gradio stops asking for more where the visitor has left, so that others need not wait.
     """
     if not video:
         raise gr.Error("Choose a video first.")
@@ -595,18 +614,37 @@ CSS = """
 .checkered img, .checkered video {
     background: repeating-conic-gradient(var(--shade) 0% 25%, var(--light) 0% 50%) 0 0 / 20px 20px !important;
 }
+label:hover > input[type=radio]:checked { background-color: var(--checkbox-background-color-selected) !important; }
+input:is([type=radio], [type=checkbox], [type=range]):focus-visible {
+    outline: 2px solid var(--color-accent) !important;
+    outline-offset: 2px;
+}
+input[type=range]::-webkit-slider-thumb { border: 3px solid var(--color-accent); }
+input[type=range]::-moz-range-thumb { border: 3px solid var(--color-accent); }
+input[role=combobox] { padding-right: 1.5em !important; text-overflow: ellipsis; }
 """
 # What came of a click is in sight, also on a phone, where it lies below the controls.
 SHOW_RESULT = """(...inputs) => {{
     document.getElementById("{}").scrollIntoView({{behavior: "smooth", block: "center"}});
     return inputs;
 }}"""
+# Gradio may end a run that was stopped with an error that says nothing, also later than the click is answered.
+CLEAR_ERROR = """() => {{
+    const end = Date.now() + 15000;
+    const timer = setInterval(() => {{
+        const error = document.querySelector("#{} .error");
+        error?.parentElement.querySelector("button")?.click();
+        if (error || Date.now() > end) clearInterval(timer);
+    }}, 100);
+}}"""
 # A photo is pasted wherever the cursor is: the field itself listens to nothing. Another photo may lie in it.
 # Example pictures get names for those who do not see them.
 SCRIPT = """() => {
     const name = (button) => {
-        const source = button.querySelector("img, video")?.src;
-        if (source) button.setAttribute("aria-label", "Example: " + source.split("/").pop().split(".")[0]);
+        const picture = button.querySelector("img, video");
+        if (!picture?.src) return;
+        button.setAttribute("aria-label", "Example: " + picture.src.split("/").pop().split(".")[0]);
+        picture.setAttribute("alt", "");  // the button has the name
     };
     const nameAll = () => document.querySelectorAll(".gallery-item:not([aria-label])").forEach(name);
     new MutationObserver(nameAll).observe(document.body, { childList: true, subtree: true });
@@ -633,13 +671,17 @@ SCRIPT = """() => {
 MARKDOWN = re.compile(r"[\\`*_\[\]<>#&~|]")
 # Fonts of the visitor's own machine: nothing is fetched from elsewhere, and all letters come from one font.
 FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
-THEME = gr.themes.Default(primary_hue="indigo", font=FONTS, font_mono=["ui-monospace", "monospace"])
+THEME = gr.themes.Default(primary_hue="indigo", font=FONTS, font_mono=["ui-monospace", "monospace"]).set(
+    body_text_color_subdued="*neutral_500",
+    block_info_text_color="*neutral_500",
+    input_placeholder_color="*neutral_500",
+)
 
 
 def option_controls() -> list[gr.components.Component]:
     """The controls that nobody needs to touch, in one accordion; in the order that `read_options` takes."""
     with gr.Accordion("Options", open=False):
-        model = gr.Dropdown(model_choices(), value=DEFAULT_MODEL, label="Model")
+        model = gr.Dropdown(model_choices(), value=DEFAULT_MODEL, label="Model", filterable=False)
         background = gr.Radio(BACKGROUNDS, value="Transparent", label="Background")
         colour = gr.ColorPicker("#ffffff", label="Background colour", visible=False)
         picture = Photo(type="filepath", format="png", label="Background image", visible=False, height=160)
@@ -649,6 +691,7 @@ def option_controls() -> list[gr.components.Component]:
             SIZES,
             value=OWN_SIZE,
             label="Input size",
+            filterable=False,
             info="In pixels. Best is the model's own; far from it, parts go missing.",
         )
         threshold = gr.Slider(0, 1, 0, step=0.05, label="Threshold", info="0 keeps edges soft.")
@@ -725,7 +768,7 @@ def image_tab() -> None:
 def batch_tab() -> None:
     with gr.Row():
         with gr.Column():
-            files = gr.File(file_count="multiple", type="filepath", label="Photos", elem_id="batch-input", height=200)
+            files = Files(file_count="multiple", type="filepath", label="Photos", elem_id="batch-input", height=200)
             examples = gr.Examples([[EXAMPLE_PHOTOS]], files, label="or try these")
             with gr.Row():
                 start = gr.Button("Remove backgrounds", variant="primary", elem_id="start-batch")
@@ -740,6 +783,7 @@ def batch_tab() -> None:
                 object_fit="contain",
                 elem_classes="checkered",
                 elem_id="gallery",
+                interactive=False,
             )
             report = gr.Markdown(label="Report", elem_classes="notice", elem_id="batch-report")
             archive = gr.File(label="Download ZIP", elem_id="batch-file", elem_classes="result-file")
@@ -749,7 +793,8 @@ def batch_tab() -> None:
         start.click(cut_out_batch, inputs, outputs, api_name="cut_out_batch", **shared),
         examples.load_input_event.then(cut_out_batch, inputs, outputs, api_visibility="private", **shared),
     ]
-    stop.click(stop_batch, gallery, [archive, report], cancels=runs, queue=False, api_visibility="private")
+    stopped = stop.click(stop_batch, gallery, [archive, report], cancels=runs, queue=False, api_visibility="private")
+    stopped.then(None, None, None, js=CLEAR_ERROR.format(gallery.elem_id), api_visibility="private")
 
 
 def video_tab() -> None:
@@ -759,7 +804,9 @@ def video_tab() -> None:
                 label=f"Video, up to {MAX_SECONDS:g} seconds", sources=["upload"], height=320, elem_id="video"
             )
             examples = gr.Examples([EXAMPLE_VIDEO], video, label="or try this one")
-            video_format = gr.Dropdown(list(VIDEO_FORMATS), value="WebM, transparent", label="Result")
+            video_format = gr.Dropdown(
+                list(VIDEO_FORMATS), value="WebM, transparent", label="Format", filterable=False
+            )
             with gr.Row():
                 start = gr.Button("Remove background", variant="primary", elem_id="start-video")
                 stop = gr.Button("Stop", elem_id="stop-video")
@@ -776,8 +823,7 @@ def video_tab() -> None:
         examples.load_input_event.then(cut_out_clip, inputs, outputs, api_visibility="private", **shared),
     ]
     stopped = stop.click(lambda: "Stopped.", None, notice, cancels=runs, queue=False, api_visibility="private")
-    # Gradio may end a stopped run with an error that says nothing, which this takes away.
-    stopped.then(lambda: None, None, result, queue=False, api_visibility="private")
+    stopped.then(None, None, None, js=CLEAR_ERROR.format(result.elem_id), api_visibility="private")
 
 
 def build_app() -> gr.Blocks:
@@ -793,6 +839,20 @@ def build_app() -> gr.Blocks:
     return app.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
 
 
+def find_files_in_lists() -> None:
+    """Lets MCP tools take lists of files: Gradio looks for them where the schema has them, under "items"."""
+    from gradio.mcp import GradioMCPServer  # not without the package mcp
+
+    simplify = GradioMCPServer.simplify_filedata_schema
+
+    def simplify_with_lists(server: GradioMCPServer, schema: dict[str, Any]) -> tuple[dict[str, Any], list[list]]:
+        simplified, positions = simplify(server, schema)
+        lists = [position[:-1] for position in positions if position[-1] == "items"]
+        return simplified, positions + [[*place, index] for place in lists for index in range(MAX_FILES)]
+
+    GradioMCPServer.simplify_filedata_schema = simplify_with_lists
+
+
 def launch(app: gr.Blocks, **options: Any) -> Any:
     """Serves the page with its limits and looks; `options` go to Gradio's `launch`, whose answer it returns."""
     if os.environ.get("SPACES_ZERO_GPU"):
@@ -802,11 +862,15 @@ def launch(app: gr.Blocks, **options: Any) -> Any:
         "js": SCRIPT,
         "theme": THEME,
         "max_file_size": MAX_FILE_BYTES,
+        "i18n": gr.I18n(**{"en": {"common.complete": "Complete", "common.upload": "Upload"}}),
         "mcp_server": os.environ.get("BIREFNET_MCP") == "1",
+        **options,
     }
     gr.processing_utils.async_ssrf_protected_download = download
+    if settings["mcp_server"]:
+        find_files_in_lists()
     threading.Thread(target=sweep_forever, daemon=True).start()
-    return app.launch(**(settings | options))
+    return app.launch(**settings)
 
 
 def end(*_: Any) -> None:

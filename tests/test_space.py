@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import importlib.util
 import inspect
+import json
 import os
 import pickle
 import re
@@ -165,9 +166,12 @@ def test_tools_of_the_model_context_protocol(url, photo):
             async with ClientSession(read, write) as session:
                 await session.initialize()
                 tools = (await session.list_tools()).tools
-                return tools, await session.call_tool("cut_out_image", {"image": picture, "background": "Colour"})
+                answer = await session.call_tool("cut_out_image", {"image": picture, "background": "Colour"})
+                result = re.findall(r"http://\S+_cutout\.png", str(answer.content))[0]
+                many = await session.call_tool("cut_out_batch", {"files": [picture, result], "mask_only": True})
+                return tools, answer, many
 
-    tools, answer = asyncio.run(talk())
+    tools, answer, many = asyncio.run(talk())
     described = {tool.name: tool for tool in tools}
     assert list(described) == ["cut_out_image", "cut_out_batch", "cut_out_clip"]
     assert "Removes or replaces the background of a photo" in described["cut_out_image"].description
@@ -176,8 +180,11 @@ def test_tools_of_the_model_context_protocol(url, photo):
     assert properties["cut_out_image"]["threshold"]["type"] == "number"
     assert "keeps edges soft" in properties["cut_out_image"]["threshold"]["description"]
     assert "calms flicker" in properties["cut_out_clip"]["smoothing"]["description"]
+    files = properties["cut_out_batch"]["files"]
+    assert files["items"]["type"] == "string" and "$ref" not in json.dumps(files)
     assert not answer.isError
     assert any(".png" in part.text for part in answer.content if part.type == "text")
+    assert not many.isError and "2 done, 0 failed" in str(many.content)
 
 
 def test_a_model_that_cannot_be_fetched_gives_way_to_nano_with_a_notice(app, client, photo, monkeypatch):

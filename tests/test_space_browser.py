@@ -241,7 +241,7 @@ def test_a_phones_video_becomes_webm(visitors, url, tmp_path):
 
 def test_prores_with_smoothing(visitors, url, tmp_path):
     page = open_video(visitors, url, write_video(tmp_path / "clip.mp4", num_frames=3))
-    page.get_by_label("Result").first.click()
+    page.get_by_label("Format").first.click()
     page.get_by_role("option", name="ProRes").click()
     page.get_by_label("Smoothing over time").first.fill("0.5")
     page.locator("#start-video").click()
@@ -250,7 +250,7 @@ def test_prores_with_smoothing(visitors, url, tmp_path):
 
 def test_mp4_wants_a_background(visitors, url, tmp_path):
     page = open_video(visitors, url, write_video(tmp_path / "clip.mp4", num_frames=2))
-    page.get_by_label("Result").first.click()
+    page.get_by_label("Format").first.click()
     page.get_by_role("option", name="MP4").click()
     page.locator("#start-video").click()
     toast(page, "MP4 has no transparency")
@@ -300,6 +300,9 @@ def test_a_stopped_batch_keeps_what_is_done(visitors, url, app, tmp_path, monkey
     page.locator("#batch-report").get_by_text(re.compile("Stopped: [23] done")).wait_for()
     with zipfile.ZipFile(download(page, "#batch-file", tmp_path / "stopped.zip")) as archive:
         assert archive.namelist()[:2] == ["0.png", "1.png"] and len(archive.namelist()) in (2, 3)
+    assert page.locator("#gallery input[type=file]").count() == 0  # results are no place to upload to
+    page.wait_for_timeout(2000)
+    assert not page.locator("#gallery .error").is_visible()
 
 
 def test_who_stops_or_leaves_ends_the_video(visitors, url, app, tmp_path, monkeypatch):
@@ -324,6 +327,8 @@ def test_who_stops_or_leaves_ends_the_video(visitors, url, app, tmp_path, monkey
         if leave == "stop":
             page.locator("#stop-video").click()
             page.locator("#video-notice").get_by_text("Stopped.").wait_for()
+            page.wait_for_timeout(2000)
+            assert not page.locator("#video-result .error").is_visible()
         else:
             page.close()
         give_up = time.monotonic() + 30
