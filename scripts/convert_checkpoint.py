@@ -109,7 +109,7 @@ def load_tensors(weights: Path) -> dict[str, torch.Tensor]:
 
 
 def own_settings(path: Path) -> dict[str, object]:
-    """What the settings that `save_pretrained` wrote beside the tensors say of the network beyond these; nothing elsewhere."""
+    """Settings in the config.json beside the tensors that do not follow from these; none of released files."""
     try:
         settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

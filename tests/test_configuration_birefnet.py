@@ -140,6 +140,7 @@ def test_two_labels_for_one_logit():
         (tiny_settings(depths=(2, 2)), ["depths=(2, 2)", "four stages"]),
         (tiny_settings(num_heads=(1, 2, 3, 4)), ["num_heads[2]=3", "32 channels"]),
         (tiny_settings(window_size=1), ["window_size=1", "at least 2"]),
+        (tiny_settings(embed_dim=0), ["embed_dim=0", "at least 1"]),
         (tiny_settings(depths=(2, 0, 2, 2)), ["depths=(2, 0, 2, 2)", "at least 1"]),
         ({"multi_scale_supervision": False}, ["outward_reference", "multi_scale_supervision=True"]),
         ({"squeeze_block": "none"}, ["context_levels=3", "context_levels=0", "squeeze_block"]),

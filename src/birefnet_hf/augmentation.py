@@ -209,7 +209,6 @@ class Augmentation(NamedTuple):
 
 def build_augmentation(
     preset: Literal["none", "default", "upstream", "upstream-background"] = "default",
-    background_probability: float = 0.0,
 ) -> Augmentation:
     """Builds one of the augmentations by name.
 
@@ -225,7 +224,6 @@ def build_augmentation(
 
     Args:
         preset: name, or "none" for evaluation.
-        background_probability: chance to replace the background with one colour, beside the "default" preset.
 
     Returns:
         The augmentation for `TrainingDataset`.
@@ -242,7 +240,6 @@ def build_augmentation(
             return Augmentation(v2.Identity(), v2.Compose([BackgroundSynthesis(), flip]))
         case "default":
             after = [
-                BackgroundSynthesis(background_probability),
                 flip,
                 RandomMove(15, scale=(0.8, 1.25), probability=0.3),
                 RandomColour((0.7, 1.3), (0.7, 1.3), (0.5, 1.5), (0.5, 2.0), probability=0.8),

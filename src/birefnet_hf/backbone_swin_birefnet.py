@@ -240,7 +240,8 @@ class BiRefNetSwinAttention(nn.Module):
             output = self.proj(output)
             return output if after is None else after(hidden_states, output), None
         # By the mask where there is one: reentrant checkpointing turns autograd off after the mask was made.
-        if shift_mask.ndim == 4 if shift else works_in_bands(self.config, hidden_states, self):
+        in_bands = shift_mask.ndim == 4 if shift else works_in_bands(self.config, hidden_states, self)
+        if in_bands:
             return self.forward_in_bands(hidden_states, shift, shift_mask, before, after, **kwargs), None
 
         batch_size, height, width, channels = hidden_states.shape

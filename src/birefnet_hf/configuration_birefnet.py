@@ -217,6 +217,8 @@ class BiRefNetConfig(PreTrainedConfig):
         elif given := [name for name in shape_fields if getattr(self, name) is not None]:
             raise ValueError(f"{', '.join(given)} describe a Swin backbone and do not apply to {self.backbone!r}.")
         if self.is_swin:
+            if self.embed_dim < 1:
+                raise ValueError(f"embed_dim={self.embed_dim} must be at least 1.")
             if len(self.depths) != 4 or len(self.num_heads) != 4:
                 raise ValueError(f"depths={self.depths} and num_heads={self.num_heads} must each name four stages.")
             for stage, heads in enumerate(self.num_heads):

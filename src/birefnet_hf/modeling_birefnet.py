@@ -188,7 +188,7 @@ def is_plain(*modules: nn.Module) -> bool:
 
 
 def norm_relu(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """ReLU of what `norm` gives, in its place where nobody else can hold it."""
+    """ReLU of what `norm` gives, in place where nothing else can hold that."""
     return F.relu(norm(hidden_states), inplace=is_plain(norm))
 
 
@@ -618,7 +618,7 @@ class BiRefNetDecoder(nn.Module):
 def take_released_names(model: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
     """Lets `load_state_dict` take a saved file's content, as Transformers' `Trainer` gives it, beside the network's own.
 
-    What no file holds is made anew: after `to_empty` it would be random.
+    Tensors that no file holds are computed again, since `to_empty` leaves them random.
     """
     for name in [name for name in state_dict if name.startswith(prefix)]:
         own = name.removeprefix(prefix)

@@ -83,8 +83,9 @@ def _convert_deform_conv(node: Any) -> list[Any]:
 def _openvino_core() -> Any:
     """OpenVINO, once for the process and to its end.
 
-    On processors with AMX each core (2026.4) gives its thread a stack for signal handlers, and takes it back when it goes: of several
-    that do not go in reverse order the thread keeps one that is gone, and the next signal is the process's end.
+    On processors with AMX, each `Core` (2026.4) gives its thread a stack for signal handlers and restores the one before
+    when it is deleted. Two that are not deleted in reverse order leave the thread with a freed stack, and the next signal
+    kills the process.
     """
     import openvino
     from openvino.frontend.onnx import ConversionExtension

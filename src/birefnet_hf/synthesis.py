@@ -230,7 +230,7 @@ def photo_background(rng: np.random.Generator, size: tuple[int, int], photo: Ima
     return _colour_shift(rng, image) if rng.random() < 0.5 else image
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=8)  # for pictures of 2304 pixels up to 340 MB in each process
 def _open_photo(path: Path, largest: int) -> Image.Image:
     """A photograph no larger than needed, kept: decoding a camera's picture costs more than the composite."""
     photo = load_image(str(path))

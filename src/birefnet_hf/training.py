@@ -58,7 +58,7 @@ _FIXED_SETTINGS = (
     "mixed_precision",
 )
 
-# Settings of the network that no tensor depends on.
+# Settings that do not change what a trained network computes.
 NO_ARCHITECTURE = (
     "freeze_backbone",
     "image_size",
@@ -575,7 +575,7 @@ def _remove(checkpoint: Path) -> None:
 
 
 def architecture(config: BiRefNetConfig) -> dict[str, Any]:
-    """The settings that decide which tensors a network has."""
+    """The settings that decide what a network computes."""
     inherited = {field.name for field in fields(PreTrainedConfig)}
     return {
         field.name: getattr(config, field.name)

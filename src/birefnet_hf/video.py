@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VideoFormat = Literal["webm", "mov", "mp4"]
 Progress = Callable[[int, int], None]
 
 # Mean change of alpha from which on the next frame counts as another scene, which smoothing must not mix.
@@ -214,7 +213,7 @@ def iterate_video(
 ) -> Iterator[tuple[int, int]]:
     """As `cut_out_video`, one frame each time that the iterator is asked for more.
 
-    Who stops asking and closes the iterator, or lets go of it, ends the work; then there is no target.
+    Closing the iterator, or dropping the last reference to it, ends the work; then there is no target.
 
     Yields:
         The number of frames done and the estimated number of all (0: unknown), after each frame and second of sound. The
@@ -485,4 +484,4 @@ def _orientation(frame: "av.VideoFrame") -> tuple[bool, int]:
     return is_mirrored, -round(math.degrees(math.atan2(b, a)))
 
 
-__all__ = ["VideoError", "VideoInfo", "cut_out_video", "probe_video"]
+__all__ = ["VideoError", "VideoInfo", "cut_out_video", "iterate_video", "probe_video"]
