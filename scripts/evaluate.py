@@ -19,8 +19,8 @@ Predictions are scored at the mask's own size and as the 8-bit masks that are sa
 predictions have the same numbers. `--convention raw` scores them as they are; `upstream` stretches each to its own minimum
 and maximum before most metrics, as BiRefNet's evaluation does. Compare numbers of one convention only.
 
-Several processes (`accelerate launch`, or on CPUs `torchrun --nproc-per-node 2 scripts/evaluate.py --device cpu …`) share the images;
-the result is the same. Beside each, --num-workers processes compute metrics while the network runs.
+Several processes (`accelerate launch`, or on CPUs `torchrun --nproc-per-node 2 scripts/evaluate.py --device cpu …`)
+share the images; the result is the same. Beside each, --num-workers processes compute metrics while the network runs.
 
 Exit code: 0 if all is measured (with `--on-bad-data skip`, all that can be), 1 if not, 2 for wrong options.
 """

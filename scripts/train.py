@@ -18,7 +18,8 @@ r"""Trains or fine-tunes BiRefNet on images with masks, or on cut-outs composed 
     accelerate launch scripts/train.py --config settings.yaml --resume
 
 Output directory: the model with its image processor and card (`from_pretrained` and the pipelines load it), `best/` the
-same for the best validation after a step, `checkpoints/` for --resume, `samples/`, `log.jsonl`, `logs/` (TensorBoard), `results.json`.
+same for the best validation after a step, `checkpoints/` for --resume, `samples/`, `log.jsonl`, `logs/` (TensorBoard),
+`results.json`.
 
 Defaults are meant to be good. `--recipe upstream` reproduces the reference's training instead: its augmentation, its
 losses with all their oddities, constant learning rate of 1e-4 (dis) or 1e-5 times sqrt(batch size of one process / 4),
@@ -33,9 +34,10 @@ BatchNorm sees the batch of one process. So two processes of batch 4 are not qui
 help; with batch 1 each picture is normalised by itself in training and by the running statistics in use, which trains
 badly: use 2 or more, or `--batch-norm frozen` (running statistics, for fine-tuning), or on GPUs `--batch-norm sync`.
 
-Several processes: DDP works everywhere (on CPUs: `ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 scripts/train.py …`). FSDP and DeepSpeed are
-switched on by a configuration of Accelerate, such as those in scripts/accelerate/; Accelerate runs them on accelerators
-only, and DeepSpeed has to be installed. They need --ema-decay 0, since an average needs whole weights.
+Several processes: DDP works everywhere (on CPUs:
+`ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 scripts/train.py …`). FSDP and DeepSpeed are switched on by a configuration of Accelerate, such as those in scripts/accelerate/;
+Accelerate runs them on accelerators only, and DeepSpeed has to be installed. They need --ema-decay 0, since an average
+needs whole weights.
 """
 
 import argparse

@@ -5,8 +5,8 @@ A thin client of `birefnet_hf`. Environment variables, all optional:
 - BIREFNET_MODEL: model that is chosen at first (alias, Hub id or directory), default "nano".
 - BIREFNET_MODELS: the models to choose from, separated by commas; default: all known ones.
 - BIREFNET_CACHED_MODELS: how many stay in memory, default 2.
-- BIREFNET_MAX_PIXELS, BIREFNET_MAX_FILE_MB, BIREFNET_MAX_FILES, BIREFNET_MAX_SECONDS, BIREFNET_MAX_MINUTES: limits for photos and
-  videos, the last of the time that a video may take.
+- BIREFNET_MAX_PIXELS, BIREFNET_MAX_FILE_MB, BIREFNET_MAX_FILES, BIREFNET_MAX_SECONDS, BIREFNET_MAX_MINUTES: limits for
+  photos and videos, the last of the time that a video may take.
 - BIREFNET_KEEP_SECONDS: after which time uploads and results are deleted, default 3600.
 - BIREFNET_MCP=1: serve the endpoints as tools of the Model Context Protocol, too (needs gradio[mcp]).
 """

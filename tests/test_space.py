@@ -485,7 +485,8 @@ def test_uploads_and_results_are_deleted_after_a_while(tiny_model_dir, photo, mo
 
         assert kept() == {"photo.png", "photo_cutout.png", "photo_mask.png"}
         wait_until(lambda: not kept(), "deleting files")
-        # Without another request: what of a batch nobody fetched, and an upload that broke off, of which Gradio knows nothing.
+        # Without another request: what of a batch nobody fetched, and an upload that broke off, of which Gradio knows
+        # nothing.
         folder, upload = app.request_folder(), app.WORK / "tmpbroken"
         upload.write_bytes(b"half a photo")
         wait_until(lambda: not folder.exists() and not upload.exists(), "sweeping")

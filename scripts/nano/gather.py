@@ -95,7 +95,8 @@ LARGEST_BACKGROUND = 1600
 PHOTO_REPEATS = 3
 LARGEST = 512
 LARGEST_PIXELS = 20_000_000
-# Of the emoji that are renderings: most flags, faces and clocks, too many of a kind, are left out; of each person one skin stays.
+# Of the emoji that are renderings: most flags, faces and clocks, too many of a kind, are left out; of each person one
+# skin stays.
 TOO_MANY = re.compile(r"1f1e[6-9a-f]|1f1f|1f3f4|1f55|1f56[0-7]|1f6[0-2]|1f92|1f97[0-6]")
 SKINS = re.compile(r"-1f3f[b-f]")
 NUM_RENDERINGS = 900

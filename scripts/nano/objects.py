@@ -2,8 +2,9 @@
 
     python scripts/nano/objects.py RENDERED_DIR EARLIER_DIR OUTPUT_DIR
 
-RENDERED_DIR is what `models.py` wrote, EARLIER_DIR the cut-outs of the tenth part. OUTPUT_DIR/training gets each rendering three
-times, photographs, and every second of the other cut-outs; OUTPUT_DIR/validation the renderings of one model in nine.
+RENDERED_DIR is what `models.py` wrote, EARLIER_DIR the cut-outs of the tenth part. OUTPUT_DIR/training gets each
+rendering three times, photographs, and every second of the other cut-outs; OUTPUT_DIR/validation the renderings of one
+model in nine.
 """
 
 import shutil

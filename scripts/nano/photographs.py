@@ -31,7 +31,8 @@ SIDE = 1024  # of what IS-Net sees
 LEAST_BACKGROUND = 288  # pixels, the shorter side
 CATS_FRAME = 9  # pixels
 CLOTHES = 400
-# Looked at: a goose without its head, one spoon beside knife and fork, and cats with a branch or a shadow or half transparent.
+# Looked at: a goose without its head, one spoon beside knife and fork, and cats with a branch or a shadow or half
+# transparent.
 UNCLEAR = {"branta-canadensis", "categorization_knife", "cat_203", "cat_214", "cat_301", "cat_307", "cat_309"}
 
 

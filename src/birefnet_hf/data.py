@@ -247,7 +247,8 @@ def load_pairs(
 
     Args:
         source: one of
-            - a folder of images, with `masks` a folder of masks: files of the same stem are a pair, subfolders are left out;
+            - a folder of images, with `masks` a folder of masks: files of the same stem are a pair, subfolders are
+              left out;
             - a folder with `im` and `gt` (or images/masks and the like) in it, or one with several such folders in it,
               chosen and joined by `subsets`, as DIS5K is laid out;
             - a folder with `metadata.csv`, `.jsonl` or `.parquet` ("imagefolder": `file_name`, `mask_file_name`), which
@@ -266,8 +267,8 @@ def load_pairs(
         check: "fast" reads the headers and ends of images and decodes masks; "full" decodes images, too, which also
             finds damage in the middle of a file; "off" believes that all is well.
         on_bad: "stop" raises `BadDataError` that lists all bad samples, "skip" leaves them out and logs a warning. Bad
-            are: image or mask missing, unreadable or of another size than its partner; two files of one stem; a mask without
-            foreground.
+            are: image or mask missing, unreadable or of another size than its partner; two files of one stem; a mask
+            without foreground.
         skipped: what is left out is added to this list. Streams, which find out later, add nothing.
 
     Returns:

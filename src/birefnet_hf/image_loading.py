@@ -90,8 +90,8 @@ def load_image(
     are scaled to 8 bits, of animations the first frame is taken.
 
     Args:
-        source: Path; http, https or data URL; an open binary file, or what else has `read`, or its bytes; PIL image of any mode; array H×W, H×W×1,
-            H×W×3 or H×W×4, uint8, bool, or float in [0, 1].
+        source: Path; http, https or data URL; an open binary file, or what else has `read`, or its bytes; PIL image of
+            any mode; array H×W, H×W×1, H×W×3 or H×W×4, uint8, bool, or float in [0, 1].
         timeout: Seconds that fetching a URL may take in all, 30 by default.
         max_bytes: Largest file that is fetched, or read from a pipe.
         max_pixels: Largest image that is decoded; by default Pillow's own limit against decompression bombs, 179 million.
@@ -101,7 +101,8 @@ def load_image(
         PIL image in mode RGB.
 
     Raises:
-        ImageLoadError: there is no such file or address, or it holds no whole image, or one of PostScript, which would be run.
+        ImageLoadError: there is no such file or address, or it holds no whole image, or one of PostScript, which would
+            be run.
         TypeError: `source` is none of the above.
     """
     is_file = hasattr(source, "read") and not isinstance(source, io.TextIOBase | Image.Image)

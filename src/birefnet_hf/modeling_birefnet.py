@@ -65,8 +65,8 @@ class BiRefNetImageSegmentationOutput(ModelOutput):
     gradient_logits (`tuple(torch.FloatTensor)`, *optional*, in training mode with `outward_reference`):
         Predicted image gradients within the object at levels 4, 3, 2, before the sigmoid, at the levels' sizes.
     gradient_targets (`tuple(torch.FloatTensor)`, *optional*, in training mode with `outward_reference`):
-        What they should be, before the sigmoid, each of the padded image's `(batch_size, 1, height, width)`: the image's Laplacian times the
-        level's side output. Not detached, as in the reference.
+        What they should be, before the sigmoid, each of the padded image's `(batch_size, 1, height, width)`: the
+        image's Laplacian times the level's side output. Not detached, as in the reference.
     class_logits (`torch.FloatTensor` of shape `(batch_size, num_classes)`, *optional*, in training mode):
         Output of the auxiliary classification head, where the config has one.
     loss_terms (`dict[str, torch.FloatTensor]`, *optional*, returned when `labels` is given):
@@ -506,7 +506,8 @@ class BiRefNetDecoderLevel(nn.Module):
         """Refines what the coarser level gave with this level's features and pixels.
 
         Args:
-            feature_map: (B, C, h, w), the encoder's, which has gone through `lateral` where there is one. May be overwritten.
+            feature_map: (B, C, h, w), the encoder's, which has gone through `lateral` where there is one. May be
+            overwritten.
             coarser: Output of the level above at half this size, None at level 4.
             image: (B, 3, H, W).
 

@@ -1,4 +1,4 @@
-"""Exported BiRefNets (ONNX files of `scripts/export_onnx.py`) in ONNX Runtime or OpenVINO, for the same processor and pipeline."""
+"""Exported BiRefNets (files of `scripts/export_onnx.py`) in ONNX Runtime or OpenVINO, for the same pipeline."""
 
 import os
 import threading
@@ -170,8 +170,8 @@ class BiRefNetOnnxForImageSegmentation:
             name_or_path: Directory or Hub id.
             file_name: Default model.onnx, else model_fp16.onnx.
             runtime: What computes.
-            providers: Of ONNX Runtime, one or several, e.g. `["CUDAExecutionProvider", "CPUExecutionProvider"]`, each a name
-                or (name, options); default the CPU's.
+            providers: Of ONNX Runtime, one or several, e.g. `["CUDAExecutionProvider", "CPUExecutionProvider"]`, each
+                a name or (name, options); default the CPU's.
             num_threads: Default the runtime's choice.
             **hub_options: `revision`, `token`, `cache_dir`, `local_files_only`, as in the library.
 

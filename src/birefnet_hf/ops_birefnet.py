@@ -1,4 +1,4 @@
-"""Deformable convolution v2 behind one function: torchvision's operator, and a gather that is faster on CPUs. Linear layers."""
+"""Deformable convolution v2 by torchvision's operator or a gather that is faster on CPUs, and linear layers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple

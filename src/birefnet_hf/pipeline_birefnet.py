@@ -397,8 +397,9 @@ def load_pipeline(
         A [`BackgroundRemovalPipeline`] or `transformers.ImageSegmentationPipeline`.
 
     Raises:
-        ValueError: unknown task, device or dtype, a device that is not there or given in two ways, a size that is no multiple of 32, what is
-            neither a model's directory nor a name, or options that an exported directory does not have.
+        ValueError: unknown task, device or dtype, a device that is not there or given in two ways, a size that is no
+            multiple of 32, what is neither a model's directory nor a name, or options that an exported directory does
+            not have.
         OSError: there is no such model on the Hub, no connection, or its files cannot be read.
     """
     pipeline_classes = {

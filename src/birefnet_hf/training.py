@@ -378,7 +378,7 @@ class SubstitutingDataset(Dataset):
 
 
 class ValidationDataset(Dataset):
-    """The network's input, 1×3×H×W and 1×1×H×W, beside picture and mask as they are. Composites are always the same."""
+    """The network's input, 1×3×H×W and 1×1×H×W, beside picture and mask. Composites are always the same."""
 
     def __init__(self, pairs: datasets.Dataset, image_processor: BiRefNetImageProcessor) -> None:
         self.pairs = pairs

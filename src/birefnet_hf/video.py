@@ -372,7 +372,7 @@ def _transcode(
 
 
 def _file_url(path: str | os.PathLike[str]) -> str:
-    """The path as FFmpeg does not take for anything else: what comes before a colon it takes for a protocol to fetch with."""
+    """The path as FFmpeg takes it for a file: what comes before a colon would be a protocol to fetch with."""
     return f"file:{os.path.abspath(path)}"
 
 
