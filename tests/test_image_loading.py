@@ -185,6 +185,7 @@ def test_extreme_shapes():
     [
         ("empty.png", b"", "is empty"),
         ("text.png", b"this is no picture", "is no image"),
+        ("clip.mp4", b"\x00\x00\x00\x20ftypisom", "is no image.*birefnet_hf.video.cut_out_video"),
         ("half.jpg", encoded(picture(size=(200, 200)), "JPEG")[:3000], "cannot be read"),
         ("half.png", encoded(picture(size=(200, 200)))[:3000], "cannot be read"),
         ("half.webp", encoded(picture(size=(200, 200)), "WEBP")[:500], "cannot be read|is no image"),

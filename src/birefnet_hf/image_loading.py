@@ -7,6 +7,7 @@ import http.client
 import io
 import ipaddress
 import logging
+import mimetypes
 import os
 import secrets
 import socket
@@ -154,7 +155,9 @@ def load_image(
     except ImageLoadError as error:
         raise (error if name in str(error) or name == "the image" else ImageLoadError(f"{name}: {error}")) from None
     except UnidentifiedImageError as error:
-        raise ImageLoadError(f"{name} is no image, or of a format that Pillow does not know.") from error
+        is_video = (mimetypes.guess_type(name)[0] or "").startswith("video/")
+        hint = " Videos are for birefnet_hf.video.cut_out_video." if is_video else ""
+        raise ImageLoadError(f"{name} is no image, or of a format that Pillow does not know.{hint}") from error
     except Exception as error:  # on damaged files Pillow's decoders raise nearly anything
         reason = str(error).rstrip(".") or type(error).__name__
         raise ImageLoadError(f"{name} cannot be read: {reason}.") from error
