@@ -18,6 +18,8 @@ demo: $(READY)  ## cut out a photo, offline
 space: $(READY)  ## the web demo, on http://127.0.0.1:7860
 	$(BIN)/python space/app.py
 
+# Called again, it goes on where it was interrupted.
+NANO_TRAIN = $(BIN)/python scripts/train.py --resume
 NANO_DATA = --data runs/nano/data-with-renderings/training/cutouts \
 	--validation-data runs/nano/data-with-renderings/validation/cutouts \
 	--backgrounds runs/nano/data-with-renderings/training/backgrounds
@@ -31,28 +33,28 @@ nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIA
 	cp runs/nano/data-with-renderings/training/backgrounds/* runs/nano/backgrounds-with-rooms
 	$(BIN)/python scripts/nano/panoramas.py $(PANORAMAS) runs/nano/backgrounds-with-rooms
 	$(BIN)/python scripts/nano/backbone.py runs/nano/backbone.safetensors
-	$(BIN)/python scripts/train.py --config scripts/nano/settings.yaml --data $(CUTOUTS) \
+	$(NANO_TRAIN) --config scripts/nano/settings.yaml --data $(CUTOUTS) \
 		--backgrounds scripts/nano/backgrounds --output-dir runs/nano/small
-	$(BIN)/python scripts/train.py --config scripts/nano/large.yaml --data $(CUTOUTS) \
+	$(NANO_TRAIN) --config scripts/nano/large.yaml --data $(CUTOUTS) \
 		--backgrounds scripts/nano/backgrounds --model runs/nano/small --output-dir runs/nano/large
-	$(BIN)/python scripts/train.py --config scripts/nano/longer.yaml --data $(CUTOUTS) \
+	$(NANO_TRAIN) --config scripts/nano/longer.yaml --data $(CUTOUTS) \
 		--backgrounds scripts/nano/backgrounds --model runs/nano/large --output-dir runs/nano/longer
-	$(BIN)/python scripts/train.py --config scripts/nano/photos.yaml --data runs/nano/data/training/cutouts \
+	$(NANO_TRAIN) --config scripts/nano/photos.yaml --data runs/nano/data/training/cutouts \
 		--validation-data runs/nano/data/validation/cutouts --backgrounds scripts/nano/backgrounds \
 		--model runs/nano/longer --output-dir runs/nano/photos
-	$(BIN)/python scripts/train.py --config scripts/nano/detail.yaml --data runs/nano/data/training/cutouts \
+	$(NANO_TRAIN) --config scripts/nano/detail.yaml --data runs/nano/data/training/cutouts \
 		--validation-data runs/nano/data/validation/cutouts --backgrounds runs/nano/data/training/backgrounds \
 		--model runs/nano/photos --output-dir runs/nano/detail
-	$(BIN)/python scripts/train.py --config scripts/nano/renderings.yaml $(NANO_DATA) \
+	$(NANO_TRAIN) --config scripts/nano/renderings.yaml $(NANO_DATA) \
 		--model runs/nano/detail --output-dir runs/nano/renderings
 	$(BIN)/python scripts/nano/mean.py runs/nano/renderings runs/nano/detail runs/nano/renderings-mean
-	$(BIN)/python scripts/train.py --config scripts/nano/sharper.yaml $(NANO_DATA) \
+	$(NANO_TRAIN) --config scripts/nano/sharper.yaml $(NANO_DATA) \
 		--model runs/nano/renderings-mean --output-dir runs/nano/sharper
 	$(BIN)/python scripts/nano/mean.py runs/nano/sharper runs/nano/renderings-mean runs/nano/sharper-mean
-	$(BIN)/python scripts/train.py --config scripts/nano/settled.yaml $(NANO_DATA) \
+	$(NANO_TRAIN) --config scripts/nano/settled.yaml $(NANO_DATA) \
 		--model runs/nano/sharper-mean --output-dir runs/nano/settled
 	$(BIN)/python scripts/nano/mean.py runs/nano/settled runs/nano/sharper-mean runs/nano/settled-mean
-	$(BIN)/python scripts/train.py --config scripts/nano/rooms.yaml $(NANO_DATA) \
+	$(NANO_TRAIN) --config scripts/nano/rooms.yaml $(NANO_DATA) \
 		--backgrounds runs/nano/backgrounds-with-rooms --model runs/nano/settled-mean --output-dir runs/nano/rooms
 	$(BIN)/python scripts/nano/mean.py $(addprefix runs/nano/,rooms settled-mean renderings-mean rooms-mean)
 	$(BIN)/python scripts/nano/photographs.py $(ISNET) runs/nano/photographs \
@@ -62,13 +64,13 @@ nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIA
 	cp runs/nano/backgrounds-with-rooms/* runs/nano/photographs/training/backgrounds/* runs/nano/natural-backgrounds
 	$(BIN)/python scripts/nano/compose.py runs/nano/natural-cutouts runs/nano/natural-backgrounds 3000 \
 		runs/nano/photographs/training/composed
-	$(BIN)/python scripts/train.py --config scripts/nano/natural.yaml --data runs/nano/photographs/training \
+	$(NANO_TRAIN) --config scripts/nano/natural.yaml --data runs/nano/photographs/training \
 		--validation-data runs/nano/data-with-renderings/validation/cutouts \
 		--backgrounds runs/nano/backgrounds-with-rooms --model runs/nano/rooms-mean --output-dir runs/nano/natural
 	$(BIN)/python scripts/nano/mean.py runs/nano/natural \
 		$(addprefix runs/nano/natural/checkpoints/step-00000,220 330 440 550) runs/nano/natural-mean
 	$(BIN)/python scripts/nano/objects.py $(MODELS) runs/nano/natural-cutouts runs/nano/objects-cutouts
-	$(BIN)/python scripts/train.py --config scripts/nano/objects.yaml --data runs/nano/photographs/training \
+	$(NANO_TRAIN) --config scripts/nano/objects.yaml --data runs/nano/photographs/training \
 		--more-cutouts runs/nano/objects-cutouts/training --backgrounds runs/nano/natural-backgrounds \
 		--model runs/nano/natural-mean --output-dir runs/nano/objects
 	$(BIN)/python scripts/nano/mean.py runs/nano/objects \
@@ -79,7 +81,7 @@ nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIA
 	cp $$(find runs/nano/objects-cutouts/training -type f | sort | awk 'NR % 2') runs/nano/people-cutouts
 	cp runs/nano/portraits/training/cutouts/* runs/nano/people-cutouts
 	cp -r $(addprefix runs/nano/photographs/training/,birds objects) runs/nano/portraits/training
-	$(BIN)/python scripts/train.py --config scripts/nano/people.yaml --data runs/nano/portraits/training \
+	$(NANO_TRAIN) --config scripts/nano/people.yaml --data runs/nano/portraits/training \
 		--more-cutouts runs/nano/people-cutouts --backgrounds runs/nano/natural-backgrounds \
 		--model runs/nano/objects-mean --output-dir runs/nano/people
 	$(BIN)/python scripts/nano/mean.py runs/nano/people \
@@ -88,7 +90,7 @@ nano: $(READY)  ## train the package's network anew: make nano CUTOUTS=… DEBIA
 	mkdir -p runs/nano/recalled-cutouts
 	cp runs/nano/data-with-renderings/training/cutouts/* runs/nano/objects-cutouts/training/model_*_0.* \
 		runs/nano/recalled-cutouts
-	$(BIN)/python scripts/train.py --config scripts/nano/recalled.yaml --data runs/nano/portraits/training \
+	$(NANO_TRAIN) --config scripts/nano/recalled.yaml --data runs/nano/portraits/training \
 		--more-cutouts runs/nano/recalled-cutouts --backgrounds runs/nano/natural-backgrounds \
 		--model runs/nano/people-mean --output-dir runs/nano/recalled
 	$(BIN)/python scripts/nano/mean.py runs/nano/recalled runs/nano/recalled/checkpoints/step-00000600 runs/nano/recalled-steps
