@@ -26,6 +26,7 @@ Exit code: 0 if all is measured (with `--on-bad-data skip`, all that can be), 1 
 """
 
 import argparse
+import contextlib
 import csv
 import heapq
 import json
@@ -33,6 +34,7 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -54,10 +56,12 @@ from transformers.utils import logging as transformers_logging
 from birefnet_hf import load_pipeline
 from birefnet_hf.data import (
     BadSample,
+    count_cpus,
     find_predictions,
     load_pairs,
     sample_names,
     seeded_random,
+    source_folders,
 )
 from birefnet_hf.image_loading import ImageLoadError, load_mask, save_image, staged_files
 from birefnet_hf.metrics import METRICS, Convention, ImageMetrics, compute_metrics, summarize
@@ -112,7 +116,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("measurement")
     group.add_argument("--metrics", nargs="+", default=list(METRICS), help=f"of {', '.join(METRICS)}; all when absent")
     group.add_argument("--convention", choices=get_args(Convention), default="raw", help="see above")
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(8, count_cpus())
     group.add_argument("--num-workers", type=int, default=workers, help="processes for metrics; 0: a thread")
 
     group = parser.add_argument_group("output")
@@ -142,6 +146,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if getattr(arguments, name) is not None and getattr(arguments, name) < limit:
             parser.error(f"--{name.replace('_', '-')} must be at least {limit}")
     return arguments
+
+
+class NotReallyWritten(Exception):
+    """Undoes a trial."""
 
 
 @dataclass
@@ -203,13 +211,14 @@ def load_data(
     )
     if arguments.limit:
         pairs = pairs.select(range(min(arguments.limit, len(pairs))))
-    files = (file for row in pairs.with_format(None) for file in row.values() if isinstance(file, dict))
-    parents = {Path(file["path"]).parent for file in files if file["bytes"] is None}
-    folders = {parent.resolve() for parent in parents}
+    folders = source_folders(pairs)
     folders |= {Path(folder).resolve() for folder in (arguments.predictions, arguments.backgrounds) if folder}
     for folder in (arguments.output_dir, arguments.save_predictions):
         if folder is not None and folder.resolve() in folders:
             raise ValueError(f"{folder} holds data, which results could overwrite: choose another folder.")
+        if folder is not None:  # whether it can be written to, which should not be found out at the end
+            with contextlib.suppress(NotReallyWritten), staged_files(folder):
+                raise NotReallyWritten
     predictions = None
     if arguments.predictions:
         pairs, predictions = find_predictions(
@@ -271,7 +280,8 @@ def make_pool(workers: int) -> Executor:
     context = multiprocessing.get_context(method)
     if method == "forkserver":  # imports once for all
         context.set_forkserver_preload(["birefnet_hf.pipeline_birefnet", "birefnet_hf.training", "py_sod_metrics"])
-    return ProcessPoolExecutor(workers, mp_context=context)
+    # Interrupted are all processes at once: this one says so, and ends the others.
+    return ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN))
 
 
 def evaluate(
@@ -451,6 +461,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         logger.error("%s", error)
         return 1
+    except KeyboardInterrupt:
+        logger.error("Interrupted.")
+        return 130
     return 0
 
 

@@ -69,10 +69,19 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 from tqdm.auto import tqdm
+from transformers.utils import logging as transformers_logging
 
 from birefnet_hf import BiRefNetConfig, BiRefNetForImageSegmentation, BiRefNetImageProcessor
-from birefnet_hf.checkpoints_birefnet import find_model, get_checkpoint, resolve_checkpoint
-from birefnet_hf.data import BadDataError, TrainingBatchSampler, TrainingDataset, build_augmentation, load_pairs
+from birefnet_hf.checkpoints_birefnet import find_model, get_checkpoint, naming_model, resolve_checkpoint
+from birefnet_hf.data import (
+    BadDataError,
+    TrainingBatchSampler,
+    TrainingDataset,
+    build_augmentation,
+    count_cpus,
+    load_pairs,
+    source_folders,
+)
 from birefnet_hf.image_loading import ImageLoadError, staged_files
 from birefnet_hf.loss_birefnet import BiRefNetLoss, loss_weights
 from birefnet_hf.metrics import METRICS
@@ -227,7 +236,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--on-bad-data", choices=("stop", "skip"), default="stop", help="bad files, also those met later"
     )
-    workers = min(4, os.cpu_count() or 1)
+    workers = min(4, count_cpus())
     group.add_argument("--num-workers", type=int, default=workers, help="processes that read data, for each process")
 
     group = parser.add_argument_group("validation")
@@ -479,22 +488,38 @@ def load_data(arguments: argparse.Namespace, size: tuple[int, int]) -> tuple[Dat
     else:
         training, validation = load_pairs(**source, **columns, compositor=compositor, **options), None
         if arguments.validation_data:
-            validation = load_pairs(
-                arguments.validation_data,
-                arguments.validation_masks,
-                subsets=arguments.validation_subsets,
-                split=arguments.validation_split,
-                image_column=arguments.validation_image_column or arguments.image_column,
-                mask_column=arguments.validation_mask_column or arguments.mask_column,
-                compositor=measuring,
-                **options,
-            )
+            try:
+                validation = load_pairs(
+                    arguments.validation_data,
+                    arguments.validation_masks,
+                    subsets=arguments.validation_subsets,
+                    split=arguments.validation_split,
+                    image_column=arguments.validation_image_column or arguments.image_column,
+                    mask_column=arguments.validation_mask_column or arguments.mask_column,
+                    compositor=measuring,
+                    **options,
+                )
+            except BadDataError:
+                raise
+            except (ValueError, FileNotFoundError) as error:
+                raise ValueError(f"Validation data, whose options begin with --validation: {error}") from error
+            if arguments.validation_data == arguments.data and are_the_same(training, validation):
+                raise ValueError(
+                    f"Validation would be on what is trained on: {arguments.data} has no split "
+                    f"{arguments.validation_split!r}. Use --validation-fraction or --validation-data."
+                )
     if arguments.more_cutouts:
         composed = load_pairs(arguments.more_cutouts, compositor=Compositor(size, arguments.backgrounds), **options)
         training = ConcatDataset([training, composed])
     if validation is not None and arguments.validation_samples:
         validation = validation.select(range(min(arguments.validation_samples, len(validation))))
     return training, validation
+
+
+def are_the_same(training: datasets.Dataset, validation: datasets.Dataset) -> bool:
+    """Whether both are all of one source, by their lengths, and their first and last images."""
+    ends = [[part.with_format(None)[index]["image"] for index in (0, -1)] for part in (training, validation)]
+    return len(training) == len(validation) and ends[0] == ends[1]
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[BiRefNetForImageSegmentation, BiRefNetImageProcessor]:
@@ -508,7 +533,8 @@ def load_model(arguments: argparse.Namespace) -> tuple[BiRefNetForImageSegmentat
         raise ValueError(f"--model-settings: BiRefNetConfig has no {', '.join(unknown)}.")
     if arguments.model is not None:
         name = find_model(arguments.model)
-        model = BiRefNetForImageSegmentation.from_pretrained(name, dtype=torch.float32, **settings)
+        with naming_model(name):
+            model = BiRefNetForImageSegmentation.from_pretrained(name, dtype=torch.float32, **settings)
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
                 f"{name} holds adapters (LoRA) of another network: to go on from them, train them with --merge-lora, "
@@ -552,8 +578,9 @@ def adapt_model(
         model.class_head.requires_grad_(False)  # the data have no classes
     model.criterion = BiRefNetLoss(model.config.loss_task, reference=arguments.recipe == "upstream")
     if arguments.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # before 5.24
         try:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable({"use_reentrant": False})
         except ValueError as error:
             backbone = model.config.backbone
             raise ValueError(
@@ -609,6 +636,9 @@ def set_up(arguments: argparse.Namespace, accelerator: Accelerator) -> Run:
     size = processor.size
     limits = (size.shortest_edge, size.longest_edge)
     training, validation = load_data(arguments, (size.height, size.width) if size.height else (limits[1], limits[1]))
+    for part in (*getattr(training, "datasets", [training]), *([] if validation is None else [validation])):
+        if arguments.output_dir.resolve() in source_folders(part):
+            raise ValueError(f"--output-dir {arguments.output_dir} holds data: choose another folder.")
 
     dataset = TrainingDataset(training, processor, build_augmentation(arguments.augmentation), seed=arguments.seed)
     sampler = TrainingBatchSampler(
@@ -877,7 +907,15 @@ def train_batch(
     norm = None
     with accelerator.accumulate(run.model):
         with accelerator.autocast():  # which a model that FSDP has sharded does not bring along
-            outputs = run.model(**batch)
+            try:
+                outputs = run.model(**batch)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise TrainingError(
+                    "BatchNorm has one value of each channel to normalise: give --batch-norm frozen, or a larger "
+                    "--batch-size or --size."
+                ) from error
         accelerator.backward(outputs.loss)
         if accelerator.sync_gradients and arguments.max_grad_norm:
             norm = accelerator.clip_grad_norm_(run.model.parameters(), arguments.max_grad_norm)
@@ -1101,6 +1139,8 @@ def make_accelerator(arguments: argparse.Namespace) -> Accelerator:
         project_config=ProjectConfiguration(str(arguments.output_dir), logging_dir=str(arguments.output_dir / "logs")),
     )
     check_processes(accelerator.num_processes)
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("--mixed-precision fp16 is for GPUs, and would do nothing on a CPU: use bf16 or no.")
     # A launcher's environment may say something else, of which the number of steps here would not know.
     accelerator.gradient_accumulation_steps = arguments.gradient_accumulation
     set_up_sharding(accelerator, arguments)
@@ -1130,6 +1170,9 @@ def set_up_sharding(accelerator: Accelerator, arguments: argparse.Namespace) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+        datasets.disable_progress_bars()
     accelerator = None
     try:
         accelerator = make_accelerator(arguments)
@@ -1155,6 +1198,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         start_trackers(run)
         train(run)
         finish(run)
+    except KeyboardInterrupt:
+        logger.error(
+            "Interrupted after step %d: the same command with --resume goes on from the last checkpoint.", run.step
+        )
+        return 130
     except (TrainingError, OSError) as error:  # the latter from logs and sample pictures, on a full disk
         logger.error("%s", error)
         return 1

@@ -332,6 +332,10 @@ class TestTables:
         assert len(load_pairs(tmp_path / "saved", split="test")) == 1
         with pytest.raises(ValueError, match="no split 'validation'.*train, test"):
             load_pairs(splits, split="validation")
+        (tmp_path / "alone").mkdir()
+        table.to_parquet(tmp_path / "alone" / "train.parquet")
+        with pytest.raises(ValueError, match=r'alone: Unknown split "test".*Choose with split=… \(--split\)'):
+            load_pairs(tmp_path / "alone", split="test")
 
     def test_bad_rows_have_numbers(self):
         table = datasets.Dataset.from_dict({"image": [photo(0), photo(1)], "mask": [mask(0), mask(0, level=0)]})

@@ -281,6 +281,22 @@ def test_results_never_replace_data(data, tiny_model_dir, tmp_path, caplog):
     assert {path: path.read_bytes() for path in data.rglob("*.*")} == before
 
 
+def test_a_folder_that_cannot_be_is_noticed_before_the_work(data, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate", None)
+    (tmp_path / "file").touch()
+    assert run(data, tmp_path / "file") == 1 and run(data, tmp_path / "file" / "below") == 1
+    assert "File exists" in caplog.text and "Not a directory" in caplog.text
+
+
+def test_interrupted(data, tmp_path, caplog, monkeypatch):
+    def press(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "read_sample", press)
+    assert run(data, tmp_path / "out", "--num-workers", 1) == 130
+    assert "Interrupted." in caplog.text
+
+
 def test_embedded_images_of_one_name_are_refused(data, tmp_path, caplog):
     image, mask = ((data / kind / name).read_bytes() for kind, name in (("im", "b.jpg"), ("gt", "b.png")))
     rows = {"image": [{"path": "image.jpg", "bytes": image}] * 2, "mask": [{"path": "mask.png", "bytes": mask}] * 2}

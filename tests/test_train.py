@@ -630,7 +630,10 @@ def test_inputs_are_never_overwritten(pairs, tiny_model_dir, copy_of, messages, 
         messages.clear()
         assert train.main(arguments(data, output, "--model", model)) == 1
         assert f"is {option}, which the result would overwrite" in messages.text
-    assert files_of(model) == files_of(tiny_model_dir)
+    messages.clear()
+    assert train.main(arguments(data, data / "gt")) == 1
+    assert "gt holds data: choose another folder" in messages.text
+    assert files_of(model) == files_of(tiny_model_dir) and files_of(data) == files_of(pairs)
     monkeypatch.chdir(data)  # the alias is no input, whatever the output is called
     Path("nano").mkdir()
     messages.clear()
@@ -639,6 +642,37 @@ def test_inputs_are_never_overwritten(pairs, tiny_model_dir, copy_of, messages, 
     messages.clear()
     assert train.main(arguments(pairs, model / "run", "--validation-fraction", 0.99)) == 1
     assert "cannot be divided" in messages.text
+
+
+def test_validation_without_splits_is_not_what_is_trained_on(pairs, tmp_path, messages):
+    load_pairs(pairs).with_format(None).save_to_disk(str(tmp_path / "saved"))
+    for source in (pairs, tmp_path / "saved"):
+        messages.clear()
+        assert train.main(arguments(source, tmp_path / "run", "--validation-split", "later")) == 1
+        assert "has no split 'later'. Use --validation-fraction" in messages.text
+    messages.clear()
+    assert train.main(arguments(pairs, tmp_path / "run", "--validation-data", pairs / "im")) == 1
+    assert "Validation data, whose options begin with --validation: " in messages.text
+
+
+def test_fp16_is_refused_on_a_cpu(pairs, tmp_path, messages):
+    assert train.main(arguments(pairs, tmp_path / "run", "--mixed-precision", "fp16")) == 1
+    assert "use bf16 or no" in messages.text
+
+
+def test_one_value_cannot_be_normalised(pairs, tmp_path, messages):
+    more = ["--model", "nano", "--size", 64, 64, "--batch-size", 1]
+    assert train.main(arguments(pairs, tmp_path / "run", *more)) == 1
+    assert "give --batch-norm frozen, or a larger --batch-size or --size" in messages.text
+
+
+def test_interrupted(pairs, tmp_path, messages, monkeypatch):
+    def press(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_batch", press)
+    assert train.main(arguments(pairs, tmp_path / "run")) == 130
+    assert "Interrupted after step 0: the same command with --resume" in messages.text
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -785,12 +819,13 @@ def test_all_sources_of_data_are_reached_from_the_command_line(pairs, tmp_path):
     assert lengths(*joined, "--validation-subsets", "DIS-VD") == (6, 1)
     assert lengths(*joined, "--validation-fraction", 0.5) == (3, 3)
     folders = ["--data", pairs / "im", "--masks", pairs / "gt"]
-    assert lengths(*folders, "--validation-data", pairs / "im", "--validation-masks", pairs / "gt") == (8, 8)
+    again = shutil.copytree(pairs, tmp_path / "again")
+    assert lengths(*folders, "--validation-data", again / "im", "--validation-masks", again / "gt") == (8, 8)
     columns = ["--data", tmp_path / "saved", "--image-column", "before", "--mask-column", "after"]
     assert lengths(*columns, "--validation-data", tmp_path / "saved", "--validation-split", "test") == (3, 1)
     other_columns = ["--validation-image-column", "image", "--validation-mask-column", "mask"]
     assert lengths(*columns, "--validation-data", pairs, *other_columns) == (3, 8)
-    assert lengths("--data", pairs, "--cutouts", "--validation-data", pairs, "--validation-samples", 2) == (8, 2)
+    assert lengths("--data", pairs, "--cutouts", "--validation-data", again, "--validation-samples", 2) == (8, 2)
     assert lengths(*folders, "--more-cutouts", pairs, "--validation-fraction", 0.25) == (6 + 8, 2)
 
 

@@ -4,9 +4,11 @@ The released repositories state neither an input size nor the patch order that t
 come from this table. The patch orders are inferred from publication dates and vendored code, not measured.
 """
 
+import contextlib
 import difflib
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Literal
@@ -178,6 +180,17 @@ def find_model(name: str | os.PathLike[str]) -> str:
             f"{name} is no directory, no Hub id (owner/name) and no alias.{hint} The aliases are {', '.join(aliases)}."
         )
     return name
+
+
+@contextlib.contextmanager
+def naming_model(name: str) -> Iterator[None]:
+    """Puts a name that is no directory here into what the Hub's client says of it, or of the connection."""
+    try:
+        yield
+    except OSError as error:
+        if os.path.isdir(name) or name in str(error):
+            raise
+        raise OSError(f"{name} is no directory here, and from the Hub: {error}") from error
 
 
 def _holds_model(path: str) -> bool:

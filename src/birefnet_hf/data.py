@@ -107,15 +107,27 @@ def _name(value: Mapping[str, Any]) -> str:
     return value["path"] or f"{zlib.crc32(value['bytes']):08x}"
 
 
+def count_cpus() -> int:
+    """Cores that this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def source_folders(pairs: datasets.Dataset) -> set[Path]:
+    """Absolute paths of the folders that hold the images and masks of a dataset of `load_pairs`."""
+    files = (file for row in pairs.with_format(None) for file in row.values() if isinstance(file, dict))
+    parents = {Path(file["path"]).parent for file in files if file["bytes"] is None}
+    return {parent.resolve() for parent in parents}
+
+
 @contextlib.contextmanager
 def _naming(value: Mapping[str, Any]) -> Iterator[None]:
     """Puts the name of the sample into what is raised while it is read."""
     try:
         yield
     except UNREADABLE as error:
-        raise ImageLoadError(
-            f'{_name(value)}: {explain_unreadable(error)} (check="full" finds all such files)'
-        ) from error
+        name, reason = _name(value), explain_unreadable(error)
+        reason = reason if name in reason else f"{name}: {reason}"
+        raise ImageLoadError(f'{reason} (check="full", or --check full, finds all such files)') from error
 
 
 def _read_pair(row: Mapping[str, Any]) -> tuple[Image.Image, Image.Image]:
@@ -202,7 +214,7 @@ def _check(rows: datasets.Dataset, full: bool) -> tuple[list[int], list[BadSampl
         return name, _problem(row, full)
 
     good, bad = [], []
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, count_cpus())) as pool:
         results = pool.map(check, range(len(rows)))
         for index, (name, reason) in enumerate(
             tqdm(results, total=len(rows), desc="checking samples", unit="sample", disable=None)
@@ -322,7 +334,7 @@ def _find(
         return source, []
     if isinstance(source, Mapping):
         if split not in source:
-            raise ValueError(f"There is no split {split!r}; there are: {', '.join(source)}.")
+            raise ValueError(f"There is no split {split!r}; choose with split=… (--split) from {', '.join(source)}.")
         return source[split], []
     root = Path(source).expanduser()
     if masks is not None:
@@ -337,14 +349,14 @@ def _find(
         if subsets:
             raise ValueError(f"Subsets are folders within a folder here; {source} is on the Hub: choose with split.")
         try:
-            return datasets.load_dataset(source, split=split, streaming=streaming), []
-        except datasets.exceptions.DatasetNotFoundError as error:
+            return _load_dataset(source, split, streaming=streaming), []
+        except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
             raise FileNotFoundError(f"{source} is neither a folder here nor a dataset on the Hub: {error}") from error
     is_listed = any((root / name).exists() for name in _METADATA_FILES)
     if not is_listed and _image_and_mask_folder(root) is None:  # else in the folders of the splits
         is_listed = any(any(root.glob(f"*/{name}")) for name in _METADATA_FILES)
     if is_listed and subsets is None:  # what it says goes before what the names of folders make one think
-        return datasets.load_dataset("imagefolder", data_dir=str(root), split=split), []
+        return _load_dataset("imagefolder", split, data_dir=str(root)), []
     folders = _subset_folders(root, subsets)
     if folders:
         return _pair_folders(folders)
@@ -360,7 +372,16 @@ def _find(
         )
     if not any(root.iterdir()):
         raise ValueError(f"The folder {root} is empty.")
-    return datasets.load_dataset(str(root), split=split), []
+    return _load_dataset(str(root), split), []
+
+
+def _load_dataset(name: str, split: str, **options) -> datasets.Dataset | datasets.IterableDataset:
+    try:
+        return datasets.load_dataset(name, split=split, **options)
+    except ValueError as error:
+        if "split" not in str(error):
+            raise
+        raise ValueError(f"{options.get('data_dir', name)}: {error} Choose with split=… (--split).") from error
 
 
 def _subset_folders(root: Path, subsets: Sequence[str] | None) -> list[tuple[Path, Path]]:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import ImageSegmentationPipeline, Pipeline
 from transformers.utils import logging
 
-from .checkpoints_birefnet import find_model, get_checkpoint
+from .checkpoints_birefnet import find_model, get_checkpoint, naming_model
 from .foreground import composite, parse_background, refine_foreground, to_tensor, to_uint8
 from .image_loading import IMAGE_TYPES, ImageLoadError, convert_colours, load_image, rgb_profile
 from .image_processing_birefnet import BiRefNetImageProcessor
@@ -448,7 +448,8 @@ def load_pipeline(
             dtype = torch.float32 if device.type == "cpu" else "auto"
         settings = {"device_map": device_map} | ({} if patch_order is None else {"patch_order": patch_order})
         if image_processor is None:
-            image_processor = BiRefNetImageProcessor.from_pretrained(name, **hub_options, **resize)
+            with naming_model(name):
+                image_processor = BiRefNetImageProcessor.from_pretrained(name, **hub_options, **resize)
         if is_exported:
             if device.type != "cpu":
                 logger.warning(
@@ -459,7 +460,8 @@ def load_pipeline(
             device = torch.device("cpu")
             model = BiRefNetOnnxForImageSegmentation.from_pretrained(name, **hub_options)
         else:
-            model = BiRefNetForImageSegmentation.from_pretrained(name, dtype=dtype, **hub_options, **settings)
+            with naming_model(name):
+                model = BiRefNetForImageSegmentation.from_pretrained(name, dtype=dtype, **hub_options, **settings)
             if device_map is not None:
                 device = _device_of(model)
     return pipeline_classes[task](

@@ -27,7 +27,12 @@ def list_images(folder: str | Path) -> list[Path]:
     """The image files directly in a folder, by name; hidden files and other files are left out, any case of suffix.
 
     Links that lead nowhere are among them, so that whoever opens them can name them.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
     """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
     return sorted(
         path
         for path in Path(folder).iterdir()

@@ -11,6 +11,7 @@ import os
 import random
 import re
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -273,7 +274,9 @@ def add_adapters(model: BiRefNetForImageSegmentation, rank: int, alpha: float) -
     if Path(base).is_dir():
         base = str(Path(base).resolve())  # to be found from any working directory
     settings = {"r": rank, "lora_alpha": alpha, "target_modules": targets, "modules_to_save": heads}
-    adapted = get_peft_model(model, LoraConfig(**settings))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of Transformers, about what peft calls
+        adapted = get_peft_model(model, LoraConfig(**settings))
     adapted.peft_config["default"].base_model_name_or_path = base
     return adapted
 
