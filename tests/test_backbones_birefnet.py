@@ -258,6 +258,8 @@ def test_what_is_watched_or_changed_is_not_fused(efficientnet):
         assert not efficientnet.is_fusable(image)
         block.conv_pw = conv
         assert efficientnet.is_fusable(image) and not efficientnet.is_fusable(image.double())
+        efficientnet.stages[0][1].running_mean = efficientnet.stages[0][1].running_var = None
+        assert not efficientnet.is_fusable(image) and torch.isfinite(efficientnet(image)[3]).all()
 
 
 @pytest.mark.parametrize("backbone", ["pvt_v2_b0", "vgg16"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageCms
 
 from birefnet_hf import foreground
 from birefnet_hf.foreground import composite, cut_out, parse_background, refine_foreground, to_uint8
@@ -220,3 +220,14 @@ def test_cut_out():
     assert (np.asarray(cut_out(deep, alpha, refine=False))[..., :3] == 200).all()
     with pytest.raises(ValueError, match="must agree"):
         cut_out(image, alpha.resize((10, 10)))
+
+
+def test_cut_out_keeps_the_colour_profile_that_applies():
+    image, alpha = Image.new("RGB", (8, 8), (200, 90, 30)), Image.new("L", (8, 8), 255)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image.info["icc_profile"] = profile
+    cmyk = image.convert("CMYK")
+    cmyk.info["icc_profile"] = profile[:16] + b"CMYK" + profile[20:]
+    for refine in (True, False):
+        assert cut_out(image, alpha, refine).info["icc_profile"] == profile
+        assert "icc_profile" not in cut_out(cmyk, alpha, refine).info

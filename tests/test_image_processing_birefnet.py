@@ -645,3 +645,9 @@ def test_stock_pipeline(processor_class, tiny_model):
     assert segmenter(image, mask_threshold=1.0) == []
     labels = {item["label"] for item in segmenter(image, subtask="semantic")}
     assert labels <= {"background", "foreground"} and labels
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (5, 0, 3)])
+def test_image_without_pixels(processor_class, shape):
+    with pytest.raises(ValueError, match="without pixels"):
+        processor_class(size=32)(np.zeros(shape, np.uint8), return_tensors="pt")

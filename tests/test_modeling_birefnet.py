@@ -2,6 +2,7 @@
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -455,6 +456,31 @@ def test_gradient_targets(tiny_model):
         expected = image_laplacian(image()) * F.interpolate(side, (64, 64), mode="bilinear", align_corners=True)
         torch.testing.assert_close(target, expected)
         assert target.requires_grad
+
+
+@pytest.mark.parametrize("size", [(64, 64), (50, 64)])
+def test_labels_of_8_bits_are_refused(tiny_model, size):
+    labels = (mask(2, 1, 100, 128) > 0.5).to(torch.uint8) * 255
+    with pytest.raises(ValueError, match="Divide 8-bit masks by 255"):
+        tiny_model.train()(image(2, 3, *size), labels=labels)
+
+
+@pytest.mark.parametrize("size", [(0, 3, 64, 64), (1, 3, 0, 64)])
+def test_nothing_is_refused(tiny_model, size):
+    with pytest.raises(ValueError, match="none of them 0"):
+        tiny_model(torch.zeros(size))
+
+
+def test_loading_in_threads(tiny_model_dir):
+    """Each has the precision that it was asked for, and so have networks that are built afterwards."""
+    dtypes = [torch.float16, torch.float32, torch.bfloat16] * 6
+    with ThreadPoolExecutor(4) as pool:
+        models = pool.map(
+            lambda dtype: BiRefNetForImageSegmentation.from_pretrained(tiny_model_dir, dtype=dtype), dtypes
+        )
+        for model, dtype in zip(models, dtypes, strict=True):
+            assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert torch.get_default_dtype() == torch.float32
 
 
 def test_labels_without_channels(tiny_model):

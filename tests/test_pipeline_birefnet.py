@@ -578,6 +578,14 @@ def test_half_precision_on_the_cpu(seeing_model_dir, pipe, dtype):
     assert stock(photo())[0]["score"] > 0.5
 
 
+def test_model_object_from_a_subfolder(tiny_config, tmp_path):
+    BiRefNetForImageSegmentation(tiny_config).save_pretrained(tmp_path / "a" / "b")
+    BiRefNetImageProcessor(size={"height": 64, "width": 96}).save_pretrained(tmp_path / "a" / "b")
+    BiRefNetImageProcessor(size=32).save_pretrained(tmp_path)
+    model = BiRefNetForImageSegmentation.from_pretrained(tmp_path, subfolder="a/b")
+    assert load_pipeline(model).image_processor.size == {"height": 64, "width": 96}
+
+
 def test_model_object_from_the_hub(tiny_config, tmp_path):
     """The processor is looked for where the model came from, in the same cache; without it, the size is known by name."""
     model = BiRefNetForImageSegmentation(tiny_config)

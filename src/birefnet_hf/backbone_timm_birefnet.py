@@ -216,7 +216,10 @@ class BiRefNetConvBackbone(nn.Module):
         if not self.fusable_kinds or not is_plain_inference(pixel_values) or not onednn_takes(pixel_values.dtype):
             return False
         return all(
-            type(module) in self.fusable_kinds and not module.training and not has_hooks(module)
+            type(module) in self.fusable_kinds
+            and not module.training
+            and not has_hooks(module)
+            and getattr(module, "running_mean", 0) is not None  # then batches are normalised by their own
             for module in self.stages.modules()
         ) and all(
             type(parameter) is nn.Parameter and not parameter.is_meta and parameter.dtype == pixel_values.dtype

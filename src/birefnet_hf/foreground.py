@@ -269,7 +269,7 @@ def cut_out(image: Image.Image, alpha: Image.Image, refine: bool = True) -> Imag
         refine: Whether to estimate the foreground's colours, see `refine_foreground`.
 
     Returns:
-        PIL image in mode RGBA.
+        PIL image in mode RGBA, with the image's colour profile.
 
     Raises:
         ValueError: the sizes differ.
@@ -280,10 +280,14 @@ def cut_out(image: Image.Image, alpha: Image.Image, refine: bool = True) -> Imag
             f"The image has, upright, {image.size} pixels, its alpha {alpha.size}; they must agree. What a camera stored "
             "lying on its side becomes upright by `load_image`: compute alpha from that."
         )
+    profile = rgb_profile(image)
     if refine:
         colours = refine_foreground(to_tensor(image), to_tensor(alpha))
         image = Image.fromarray(to_uint8(colours).permute(1, 2, 0).numpy())
     image.putalpha(alpha)
+    image.info.pop("icc_profile", None)
+    if profile is not None:
+        image.info["icc_profile"] = profile
     return image
 
 

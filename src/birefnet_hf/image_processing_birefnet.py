@@ -210,6 +210,8 @@ class _BiRefNetImageProcessing:
         images = self._prepare_image_like_inputs(images, **kwargs)
         if not images:
             raise ValueError("There is no image to process: the list of images is empty.")
+        if any(0 in image.shape for image in images):
+            raise ValueError("An image without pixels cannot be processed.")
         if kwargs.get("do_rescale") and any(_is_rescaled(image) for image in images):
             logger.warning_once(
                 "An image of floating-point numbers has none above 1 and is read as nearly black. If it lies in [0, 1], "
@@ -408,7 +410,9 @@ class _BiRefNetImageProcessing:
             raise ValueError(f"Expected logits of shape B×1×H×W, got {tuple(alphas.shape)}.")
         if target_sizes is None:
             return list(alphas[:, 0])
-        sizes = torch.stack([torch.as_tensor(size) for size in target_sizes]) if len(target_sizes) else torch.empty(0)
+        sizes = (
+            torch.stack([torch.as_tensor(size) for size in target_sizes]) if len(target_sizes) else torch.empty(0, 2)
+        )
         if sizes.shape != (len(alphas), 2):
             raise ValueError(
                 f"target_sizes must hold one (height, width) for each of the {len(alphas)} images, got {target_sizes}."

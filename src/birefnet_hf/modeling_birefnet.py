@@ -6,6 +6,8 @@ fine by a decoder in which every level refers inward, to the image's own pixels,
 
 import json
 import math
+import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +51,17 @@ logger = logging.get_logger(__name__)
 
 # Every map's size must be an integer fraction of the image's, down to the coarsest stride.
 SIZE_DIVISOR = 32
+# Transformers builds networks under another default dtype of the whole process: two threads would mix theirs.
+_LOADING = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _LOADING
+    _LOADING = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # a thread that held it is not there to release it in the copy
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @auto_docstring(custom_intro="Output of [`BiRefNetForImageSegmentation`].")
@@ -716,13 +729,14 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
             kwargs |= {"config": config, "state_dict": load_state_dict_file(pickled)}
             name = None
         try:
-            model, info = super().from_pretrained(
-                name,
-                *model_args,
-                output_loading_info=True,
-                ignore_mismatched_sizes=ignore_mismatched_sizes,
-                **kwargs,
-            )
+            with _LOADING:
+                model, info = super().from_pretrained(
+                    name,
+                    *model_args,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=ignore_mismatched_sizes,
+                    **kwargs,
+                )
         except OSError as error:
             adapter = Path(str(name)) / "adapter_config.json"
             if not adapter.is_file():
@@ -731,6 +745,7 @@ class BiRefNetPreTrainedModel(PreTrainedModel):
             raise OSError(f"{name} holds adapters of the network {base}, which cannot be loaded: {error}") from error
         if model.config.freeze_backbone and not getattr(model, "_hf_peft_config_loaded", False):
             model.backbone.requires_grad_(False)  # the library's loader has put other parameters there
+        model.subfolder = kwargs.get("subfolder") or ""  # where the image processor is, too
         if pickled is not None:
             model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         for module in model.modules():
@@ -863,9 +878,10 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
         ...     outputs = model(**inputs)
         >>> alpha = processor.post_process_alpha(outputs, target_sizes=[image.size[::-1]])[0]  # (height, width)
         ```"""
-        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.config.num_channels:
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.config.num_channels or 0 in pixel_values.shape:
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}; BiRefNet takes (batch_size, 3, height, width)."
+                f"pixel_values has shape {tuple(pixel_values.shape)}; BiRefNet takes (batch_size, 3, height, width), none "
+                "of them 0."
             )
         height, width = pixel_values.shape[-2:]
         image = pad_to_divisor(pixel_values.to(self.get_input_embeddings().weight.dtype))
@@ -894,7 +910,8 @@ class BiRefNetForImageSegmentation(BiRefNetPreTrainedModel):
             labels = labels[:, None] if labels.dim() == 3 else labels
             if labels.dtype == torch.bool:
                 labels = labels.to(image.dtype)  # PyTorch pads no truth values
-            if labels.shape[-2:] != (height, width) and image.shape[-2:] != (height, width):
+            is_float = labels.is_floating_point()  # else the loss refuses them
+            if is_float and labels.shape[-2:] != (height, width) and image.shape[-2:] != (height, width):
                 # What the logits beyond the image are compared with has to lie beyond the labels.
                 labels = F.interpolate(labels.float(), (height, width), mode="bilinear", antialias=True)
             if labels.shape[-2:] == (height, width):

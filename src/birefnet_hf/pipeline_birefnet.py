@@ -525,8 +525,9 @@ def _image_processor_of(
     height, width = model.config.image_size
     trained_size = {"height": height, "width": width}
     if name := model.name_or_path:
+        place = {"subfolder": getattr(model, "subfolder", "")} | hub_options
         try:
-            return BiRefNetImageProcessor.from_pretrained(name, **hub_options, **resize)
+            return BiRefNetImageProcessor.from_pretrained(name, **place, **resize)
         except OSError:  # a folder that is gone, a checkpoint of a training run without a processor, no connection
             if checkpoint := get_checkpoint(name):
                 trained_size = checkpoint.processor_size
