@@ -1182,6 +1182,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, TrainingError) as error:
         logger.error("%s", error)
         return 1
+    except KeyboardInterrupt:
+        logger.error("Interrupted before the first step.")
+        return 130
     parameters = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
     logger.info(
         "%d samples, %d steps of %d images in %d epochs; %.2f million trainable parameters; %s, %s, %d process(es).",

@@ -46,6 +46,7 @@ class Metric(NamedTuple):
 
 
 _UNIT = "0 to 1"
+_E_UNIT = "0 to n / (n - 1) for n pixels, as published"
 _SOFT_BINARY = "soft prediction as it is; mask > 128"
 _SOFT_BINARY_STRETCHED = "soft prediction, min-max per image; mask > 128"
 _SWEEP = "prediction at 256 thresholds, as it is; mask > 128"
@@ -83,8 +84,8 @@ METRICS: dict[str, Metric] = {
         _MEAN,
         "Fan et al., ICCV 2017 (alpha = 0.5); PySODMetrics",
     ),
-    "max_e": Metric("max E", True, _UNIT, _SWEEP, _SWEEP_STRETCHED, _CURVE_MAX, _E_SOURCE),
-    "mean_e": Metric("mean E", True, _UNIT, _SWEEP, _SWEEP_STRETCHED, _CURVE_MEAN, _E_SOURCE),
+    "max_e": Metric("max E", True, _E_UNIT, _SWEEP, _SWEEP_STRETCHED, _CURVE_MAX, _E_SOURCE),
+    "mean_e": Metric("mean E", True, _E_UNIT, _SWEEP, _SWEEP_STRETCHED, _CURVE_MEAN, _E_SOURCE),
     "hce": Metric(
         "HCE",
         False,
