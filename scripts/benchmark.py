@@ -4,8 +4,8 @@ r"""Measures latency, memory and accuracy, each row in a fresh process, and prin
     python scripts/benchmark.py --backbone swin_v1_t --sizes 512 1024 --dtypes float32 bfloat16 \
         --backends eager compile --reference BiRefNet
 
-    # Against the runtimes people convert it to, which first exports the network at each size (minutes):
-    python scripts/benchmark.py --backends eager onnxruntime openvino
+    # Against the runtimes people convert it to, which first exports the network at each size (minutes), the checkout's, too:
+    python scripts/benchmark.py --backends eager onnxruntime openvino --reference BiRefNet
 
     # A training step (forward, dis losses, backward, AdamW) against the reference's:
     python scripts/benchmark.py train --backbone swin_v1_t --sizes 512 --batch-size 2 --reference BiRefNet \
@@ -171,14 +171,29 @@ def reference_loss(model: torch.nn.Module, precision: contextlib.AbstractContext
     return compute
 
 
+class LastOutput(torch.nn.Module):
+    """The reference's logits, without the maps before them."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values)[-1]
+
+
 def export(row: Row) -> Row:
     """Writes the ONNX file that rows of the runtimes load."""
     from export_onnx import trace, write
 
-    model = build_model(row).eval()
     folder = Path(row["exported"])
-    model.config.save_pretrained(folder)
-    program = trace(model, (row["size"], row["size"]), row["batch_size"])
+    BiRefNetConfig.from_pretrained(row["model"]).save_pretrained(folder)
+    if row["is_reference"]:
+        image = torch.zeros(row["batch_size"], 3, row["size"], row["size"])
+        with torch.no_grad():
+            program = torch.export.export(LastOutput(build_reference(row)).eval(), (image,), strict=False)
+    else:
+        program = trace(build_model(row).eval(), (row["size"], row["size"]), row["batch_size"])
     write(program, folder / ONNX_FILE_NAMES[torch.float32], opset=22)
     return {}
 
@@ -199,6 +214,7 @@ def measure(row: Row) -> Row:
         model = BiRefNetOnnxForImageSegmentation.from_pretrained(
             row["exported"], runtime=backend, num_threads=row["threads"]
         )
+        is_reference = False  # its file is called as ours is
     elif is_reference:
         model = build_reference(row).to(device)
         if dtype == torch.bfloat16:
@@ -371,7 +387,7 @@ def list_cases(args: argparse.Namespace) -> list[tuple[str, str, bool]]:
     for backend, dtype in itertools.product(args.backends, args.dtypes):
         if backend in RUNTIMES and dtype != "float32":
             continue
-        if args.reference and args.device == "cuda" and backend != "checkpointing":
+        if args.reference and (backend in RUNTIMES or (args.device == "cuda" and backend != "checkpointing")):
             cases.append((backend, dtype, True))
         cases.append((backend, dtype, False))
     return list(dict.fromkeys(cases))
@@ -457,7 +473,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for backend, dtype, is_reference in list_cases(args):
                 files = {
                     "output": str(Path(folder) / f"{len(rows)}.pt"),
-                    "exported": str(Path(folder) / f"onnx_{size}"),
+                    "exported": str(Path(folder) / f"onnx_{size}{'_reference' * is_reference}"),
                 }
                 name = "reference" if is_reference else backend
                 if is_reference and backend != "eager":

@@ -3,15 +3,17 @@ r"""Exports a BiRefNet to an ONNX file, checks that the file computes the same, 
     python scripts/export_onnx.py ZhengPeng7/BiRefNet exported
     python scripts/export_onnx.py lite exported --size 512 512 --dtype float16
     python scripts/export_onnx.py nano exported --check onnxruntime openvino
+    python scripts/export_onnx.py ZhengPeng7/BiRefNet_dynamic exported
 
 MODEL is a Hub id, a directory or an alias. OUTPUT gets model.onnx (model_fp16.onnx for float16), config.json and
 preprocessor_config.json, and is all that `BiRefNetOnnxForImageSegmentation.from_pretrained(OUTPUT)` needs.
 
 The graph maps `pixel_values`, float32 (batch_size, 3, height, width) from the image processor, to `logits`, float32
-(batch_size, 1, height, width). Deformable convolutions are ONNX's own DeformConv, which takes opset 19 or later and ONNX
+(batch_size, 1, height, width). Its size is the checkpoint's, or that of --size; where the checkpoint takes images of any
+size, or with --any-size, both sides may be any multiple of 32 from 64 on, with Swin backbones only. Deformable convolutions are ONNX's own DeformConv, which takes opset 19 or later and ONNX
 Runtime 1.28 or later; OpenVINO, which cannot read them by itself, runs the file by
 `BiRefNetOnnxForImageSegmentation.from_pretrained(OUTPUT, runtime="openvino")`. The check runs pictures of another batch
-size than the traced one through the runtime and through PyTorch in float32.
+size (and, where it is free, of other sizes) than the traced one through the runtime and through PyTorch in float32.
 
 Needs `pip install "birefnet-hf[onnx]"`, and minutes of time.
 """
@@ -45,6 +47,12 @@ ALPHA_TOLERANCE, MEAN_ALPHA_TOLERANCE = 8 / 255, 0.5 / 255
 # Beyond ±12, alpha is 0 or 1 to the fifth decimal.
 MEAN_LOGITS_TOLERANCE, CLEAR_LOGIT = 0.1, 12.0
 
+# Where the size is free: smallest side, the size that is traced, and those that are checked, some of whose maps are whole
+# windows and some are not.
+MIN_FREE_SIDE = 2 * SIZE_DIVISOR
+TRACED_SIZE = (224, 352)
+CHECKED_SIZES = ((384, 256), (MIN_FREE_SIDE, 448), (352, 320))
+
 # Files that must belong to the same network and size for a second precision to be put beside the first.
 SETTINGS_FILES = ("config.json", "preprocessor_config.json")
 UNIMPORTANT_SETTINGS = ("dtype", "transformers_version", "_name_or_path")
@@ -61,11 +69,21 @@ class DifferentResults(ExportError):
 class LogitsOnly(nn.Module):
     """The graph's signature: float32 pictures in, float32 logits out, whatever the precision of the weights."""
 
-    def __init__(self, model: BiRefNetForImageSegmentation):
+    def __init__(self, model: BiRefNetForImageSegmentation, any_size: bool):
         super().__init__()
         self.model = model
+        self.any_size = any_size
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if self.any_size:
+            # Sizes that are products by their form: of all maps down to the coarsest, the tracer then knows the size.
+            counts = [
+                torch.div(torch.scalar_tensor(side, dtype=torch.int64), SIZE_DIVISOR, rounding_mode="trunc").item()
+                for side in pixel_values.shape[2:]
+            ]
+            for count in counts:
+                torch._check(count >= MIN_FREE_SIDE // SIZE_DIVISOR)
+            pixel_values = pixel_values.view(*pixel_values.shape[:2], *(SIZE_DIVISOR * count for count in counts))
         return self.model(pixel_values).logits.float()
 
 
@@ -75,8 +93,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("model", help="Hub id, directory or alias such as nano")
     parser.add_argument("output", type=Path, help="directory; may hold the same network's other precision")
-    parser.add_argument(
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="input size; default the checkpoint's"
+    )
+    size.add_argument(
+        "--any-size", action="store_true", help="a graph for all sizes, as checkpoints for any size get by default"
     )
     parser.add_argument("--batch-size", type=int, help="fix it; any batch size by default")
     parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of weights and arithmetic")
@@ -107,9 +129,9 @@ def require(*packages: str) -> None:
 
 
 def load(
-    name: str, size: Sequence[int] | None
-) -> tuple[BiRefNetForImageSegmentation, BiRefNetImageProcessor, tuple[int, int]]:
-    """The network in float32, its processor at the wanted size, and that size (height, width)."""
+    name: str, size: Sequence[int] | None, any_size: bool
+) -> tuple[BiRefNetForImageSegmentation, BiRefNetImageProcessor, tuple[int, int] | None]:
+    """The network in float32, its processor at the wanted size, and that size (height, width), None for any."""
     name = find_model(name)
     settings = {"size": {"height": size[0], "width": size[1]}} if size else {}
     processor = BiRefNetImageProcessor.from_pretrained(name, **settings)
@@ -118,30 +140,39 @@ def load(
         raise ExportError(
             f"{name} holds adapters (LoRA): run its training with --resume --merge-lora for a whole network."
         )
-    if processor.size.height is not None:
+    if processor.size.height is not None and not any_size:
         return model, processor, (processor.size.height, processor.size.width)
-    raise ExportError(f"{name} takes images of any size: give --size HEIGHT WIDTH for a graph of that size.")
+    if not model.config.is_swin:
+        raise ExportError(
+            f"{name} would take images of any size, which only Swin backbones can be traced for, not "
+            f"{model.config.backbone}: give --size HEIGHT WIDTH for a graph of that size."
+        )
+    return model, processor, None
 
 
 def trace(
-    model: BiRefNetForImageSegmentation, size: tuple[int, int], batch_size: int | None
+    model: BiRefNetForImageSegmentation, size: tuple[int, int] | None, batch_size: int | None
 ) -> torch.export.ExportedProgram:
     """Records what the network computes.
 
     Args:
-        size: (height, width) of the graph's input.
+        size: (height, width) of the graph's input, None for any.
         batch_size: None for any.
     """
-    dynamic_shapes = None
+    free = {}
     if batch_size is None:
-        dynamic_shapes = ({0: Dim("batch_size")},)
+        free[0] = Dim("batch_size")
         batch_size = 2  # 0 and 1 would be taken for constants
-    picture = torch.zeros(batch_size, model.config.num_channels, *size)
+    if size is None:
+        free |= {2: Dim("height", min=MIN_FREE_SIDE), 3: Dim("width", min=MIN_FREE_SIDE)}
+        # What PyTorch's operator is made of when the graph is rewritten has its values elsewhere in memory.
+        model.set_attn_implementation("eager")
+    picture = torch.zeros(batch_size, model.config.num_channels, *(size or TRACED_SIZE))
     with torch.no_grad():
         return torch.export.export(
-            LogitsOnly(model).eval(),
+            LogitsOnly(model, any_size=size is None).eval(),
             (picture,),
-            dynamic_shapes=dynamic_shapes,
+            dynamic_shapes=(free,) if free else None,
             strict=False,  # symbolic execution of the Python code takes longer and knows less of it
         )
 
@@ -171,8 +202,8 @@ def check_pictures(batch_size: int, size: tuple[int, int], seed: int) -> torch.T
 
 @torch.inference_mode()
 def check(
-    expected: torch.Tensor,
-    pictures: torch.Tensor,
+    expected: Sequence[torch.Tensor],
+    pictures: Sequence[torch.Tensor],
     folder: Path,
     file_name: str,
     runtime: str,
@@ -180,16 +211,18 @@ def check(
     """Runs the file and compares.
 
     Args:
-        expected: PyTorch's float32 logits for `pictures`.
+        expected: PyTorch's float32 logits for each of `pictures`.
+        pictures: Inputs, one for each size.
 
     Raises:
         ExportError: the runtime cannot load or run the file, or its results are others.
     """
     try:
         exported = BiRefNetOnnxForImageSegmentation.from_pretrained(folder, file_name=file_name, runtime=runtime)
-        result = exported(pictures).logits
+        result = torch.cat([exported(batch).logits.flatten() for batch in pictures])
     except Exception as error:
         raise ExportError(f"{runtime} does not run the exported file: {error}") from error
+    expected = torch.cat([logits.flatten() for logits in expected])
     logits_difference = (result - expected).abs().max().item()
     alpha_differences = (result.sigmoid() - expected.sigmoid()).abs()
     largest, mean = alpha_differences.max().item(), alpha_differences.mean().item()
@@ -234,15 +267,15 @@ def check_settings(folder: Path, output: Path) -> None:
 
 
 def check_other_precision(
-    expected: torch.Tensor, pictures: torch.Tensor, output: Path, file_name: str, runtime: str
+    expected: Sequence[torch.Tensor], pictures: Sequence[torch.Tensor], output: Path, file_name: str, runtime: str
 ) -> None:
-    """Raises ExportError where the file that `output` already has is of other weights."""
+    """Raises ExportError where the file that `output` already has is of other weights, or not for these sizes."""
     try:
         check(expected, pictures, output, file_name, runtime)
-    except DifferentResults as error:
-        raise ExportError(
-            f"{output / file_name} is of other weights than this model: choose another OUTPUT, or remove that file."
-        ) from error
+    except ExportError as error:
+        is_other = isinstance(error, DifferentResults)
+        reason = "is of other weights than this model" if is_other else f"is not for these sizes ({error})"
+        raise ExportError(f"{output / file_name} {reason}: choose another OUTPUT, or remove that file.") from error
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -250,13 +283,14 @@ def run(arguments: argparse.Namespace) -> None:
     if output.exists() and not output.is_dir():
         raise ExportError(f"{output} is a file; OUTPUT is a directory.")
     require("onnx", "onnxscript", *arguments.check)
-    model, processor, size = load(arguments.model, arguments.size)
+    model, processor, size = load(arguments.model, arguments.size, arguments.any_size)
     dtype = getattr(torch, arguments.dtype)
     file_name = ONNX_FILE_NAMES[dtype]
 
-    pictures = check_pictures(arguments.batch_size or 1, size, seed=1)
+    sizes = CHECKED_SIZES if size is None else (size,)
+    pictures = [check_pictures(arguments.batch_size or 1, checked, seed=1) for checked in sizes]
     with torch.inference_mode():
-        expected = model(pictures).logits
+        expected = [model(batch).logits for batch in pictures]
 
     # Nothing appears under OUTPUT until it is complete and checked.
     with staged_files(output) as folder:
@@ -266,7 +300,8 @@ def run(arguments: argparse.Namespace) -> None:
         for other in set(ONNX_FILE_NAMES.values()) - {file_name}:
             if (output / other).exists():
                 check_other_precision(expected, pictures, output, other, arguments.check[0])
-        logger.info("Tracing %s, %s, %d×%d.", arguments.model, arguments.dtype, *size)
+        described = "any size" if size is None else "×".join(map(str, size))
+        logger.info("Tracing %s, %s, %s.", arguments.model, arguments.dtype, described)
         program = trace(model.to(dtype), size, arguments.batch_size)
         write(program, folder / file_name, arguments.opset)
         for runtime in arguments.check:

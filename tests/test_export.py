@@ -52,6 +52,12 @@ def program(network_dir) -> torch.export.ExportedProgram:
 
 
 @pytest.fixture(scope="module")
+def any_size_program(network_dir) -> torch.export.ExportedProgram:
+    model = BiRefNetForImageSegmentation.from_pretrained(network_dir).eval()
+    return export_onnx.trace(model, size=None, batch_size=None)
+
+
+@pytest.fixture(scope="module")
 def exported_dir(program, network_dir, tmp_path_factory) -> Path:
     """What the script writes; only the tracing, which takes longest, is shared with other tests."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
@@ -271,11 +277,9 @@ def test_bad_arguments(arguments, message, network_dir, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_network_for_any_size_needs_one(network_dir, tmp_path, copy_of, caplog):
-    folder = copy_of(network_dir)
-    BiRefNetImageProcessor(size={"shortest_edge": 64, "longest_edge": 128}).save_pretrained(folder)
-    assert export_onnx.main([str(folder), str(tmp_path / "output"), "--check", "onnxruntime"]) == 1
-    assert "give --size HEIGHT WIDTH" in caplog.text
+def test_only_swin_is_exported_for_any_size(tmp_path, caplog):
+    assert export_onnx.main(["nano", str(tmp_path / "output"), "--any-size", "--check", "onnxruntime"]) == 1
+    assert "not tf_efficientnet_lite0: give --size HEIGHT WIDTH" in caplog.text
     assert not (tmp_path / "output").exists()
 
 
@@ -319,6 +323,33 @@ def test_torch_export_agrees_with_eager(program, network_dir):
     for batch_size in (1, 3):
         batch = pictures(batch_size)
         torch.testing.assert_close(program.module()(batch), logits_of(model, batch), rtol=0, atol=1e-4)
+
+
+def test_torch_export_for_any_size(any_size_program, network_dir):
+    model = BiRefNetForImageSegmentation.from_pretrained(network_dir).eval()
+    for batch_size, size in ((1, (64, 352)), (3, (288, 96)), (2, (256, 256))):
+        batch = pictures(batch_size, size)
+        expected = logits_of(model, batch)
+        torch.testing.assert_close(any_size_program.module()(batch), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_pipeline_runs_a_file_for_any_size(any_size_program, network_dir, copy_of, tmp_path, monkeypatch):
+    folder = copy_of(network_dir)
+    BiRefNetImageProcessor(size={"shortest_edge": 64, "longest_edge": 256}).save_pretrained(folder)
+    monkeypatch.setattr(export_onnx, "trace", lambda *arguments: any_size_program)
+    exported = BiRefNetOnnxForImageSegmentation.from_pretrained(run_script(folder, tmp_path / "exported"))
+    assert exported.input_shape == (None, 3, None, None)
+    model = BiRefNetForImageSegmentation.from_pretrained(network_dir).eval()
+    check_same_logits(exported, model, pictures(2, (77, 130)))  # no multiples of 32
+    with pytest.raises(ValueError, match="sides of more than 32"):
+        exported(pictures(1, (32, 64)))
+    pipes = [load_pipeline(network, device="cpu") for network in (folder, exported)]
+    for size in ((300, 200), (70, 500)):
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
+        expected, alpha = (np.asarray(pipe(picture, output_type="mask"), dtype=int) for pipe in pipes)
+        assert expected.std() > 1
+        assert np.abs(alpha - expected).max() <= 1
 
 
 @pytest.mark.slow

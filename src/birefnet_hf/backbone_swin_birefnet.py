@@ -46,9 +46,41 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2), weights
 
 
+def is_free(*sizes: int) -> bool:
+    """Whether a graph is being exported in which one of these sizes may be any."""
+    # The flag, as is_exporting() is true for whatever is compiled until PyTorch 2.12.
+    is_exported = getattr(torch.compiler, "_is_exporting_flag", False)
+    return is_exported and any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def is_multiple(size: int, divisor: int) -> bool:
+    """Whether `size` is a multiple of `divisor`; where it is free, whether every such size is."""
+    if is_free(size):
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # which takes long to import
+
+        return statically_known_true(size % divisor == 0)
+    return size % divisor == 0
+
+
 def round_up(size: int, divisor: int) -> int:
     """The next multiple of `divisor`. Written as a product, which symbolic shapes can see the divisibility of."""
+    if is_free(size):
+        if is_multiple(size, divisor):
+            return size
+        # A number of its own: what is computed from an expression is a longer one, and tracing would take hours.
+        total = torch.scalar_tensor(size + divisor - 1, dtype=torch.int64)
+        count = torch.div(total, divisor, rounding_mode="trunc").item()
+        torch._check(count >= 1)
+        return count * divisor
     return (size + divisor - 1) // divisor * divisor
+
+
+def crop(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The first rows and columns of (B, at least height, at least width, C)."""
+    if is_free(height, width):  # a slice might be shorter, which nobody knows
+        tokens = tokens.index_select(1, torch.arange(height, device=tokens.device))
+        return tokens.index_select(2, torch.arange(width, device=tokens.device))
+    return tokens[:, :height, :width]
 
 
 def partition_windows(tokens: torch.Tensor, window_size: int) -> torch.Tensor:
@@ -245,23 +277,31 @@ class BiRefNetSwinAttention(nn.Module):
             return self.forward_in_bands(hidden_states, shift, shift_mask, before, after, **kwargs), None
 
         batch_size, height, width, channels = hidden_states.shape
-        missing_rows, missing_columns = (round_up(size, self.window_size) - size for size in (height, width))
+        is_padded = not all(is_multiple(size, self.window_size) for size in (height, width))
         # (B, H, W, 3C)
         qkv = self.qkv(hidden_states) if before is None else linear_after(self.qkv, before, hidden_states)
-        if missing_rows or missing_columns:
+        if is_padded:
+            padded_height, padded_width = (round_up(size, self.window_size) for size in (height, width))
             padding = self.qkv_of_padding(hidden_states).to(qkv.dtype)
-            qkv = torch.cat((qkv, padding.expand(batch_size, height, missing_columns, -1)), dim=2)
-            qkv = torch.cat((qkv, padding.expand(batch_size, missing_rows, width + missing_columns, -1)), dim=1)
+            qkv = torch.cat((qkv, padding.expand(batch_size, height, padded_width - width, -1)), dim=2)
+            qkv = torch.cat((qkv, padding.expand(batch_size, padded_height - height, padded_width, -1)), dim=1)
         mask = self.position_bias().to(hidden_states.dtype)
         if shift:
             qkv = torch.roll(qkv, shifts=(-shift, -shift), dims=(1, 2))
             mask = (mask + shift_mask[:, None]).repeat(batch_size, 1, 1, 1)
+            if is_free(
+                height, width
+            ):  # then the mask's padded size is another number, and nobody knows it is the same
+                rows, columns = (size // self.window_size for size in qkv.shape[1:3])
+                torch._check(shift_mask.shape[0] == rows * columns)
         padded_size = qkv.shape[:3]
         output, weights = self.attend(partition_windows(qkv, self.window_size), mask, **kwargs)
         output = merge_windows(output, self.window_size, *padded_size)
         if shift:
             output = torch.roll(output, shifts=(shift, shift), dims=(1, 2))
-        output = self.proj(output[:, :height, :width])
+        if is_padded:
+            output = crop(output, height, width)
+        output = self.proj(output)
         return output if after is None else after(hidden_states, output), weights
 
     def qkv_of_padding(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -406,9 +446,10 @@ class BiRefNetSwinPatchMerging(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) → (B, ⌈H/2⌉, ⌈W/2⌉, 2C); odd sides are padded with zeros."""
         batch_size, height, width, channels = hidden_states.shape
-        if height % 2 or width % 2:
-            hidden_states = F.pad(hidden_states, (0, 0, 0, width % 2, 0, height % 2))
-            _, height, width, _ = hidden_states.shape
+        if not (is_multiple(height, 2) and is_multiple(width, 2)):
+            padded_height, padded_width = round_up(height, 2), round_up(width, 2)
+            hidden_states = F.pad(hidden_states, (0, 0, 0, padded_width - width, 0, padded_height - height))
+            height, width = padded_height, padded_width
         # Order of the neighbours (row, column): (0, 0), (1, 0), (0, 1), (1, 1).
         neighbours = hidden_states.reshape(batch_size, height // 2, 2, width // 2, 2, channels).permute(
             0, 1, 3, 4, 2, 5

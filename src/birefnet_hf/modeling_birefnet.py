@@ -22,7 +22,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring, logging
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .backbone_swin_birefnet import BiRefNetSwinAttention, BiRefNetSwinBackbone, relative_position_index, round_up
+from .backbone_swin_birefnet import BiRefNetSwinAttention, BiRefNetSwinBackbone, is_free, relative_position_index
 from .backbone_timm_birefnet import build_timm_backbone
 from .checkpoints_birefnet import HUB_OPTIONS
 from .configuration_birefnet import BiRefNetConfig
@@ -103,7 +103,7 @@ class BiRefNetImageSegmentationOutput(ModelOutput):
 
 def resize(feature_map: torch.Tensor, size: torch.Size | tuple[int, int]) -> torch.Tensor:
     """Bilinear resize to (height, width), corners aligned: how BiRefNet resizes everywhere, up and down."""
-    if feature_map.shape[-2:] == tuple(size):
+    if not is_free(*size) and feature_map.shape[-2:] == tuple(size):
         return feature_map
     return F.interpolate(feature_map, size=tuple(size), mode="bilinear", align_corners=True)
 
@@ -111,7 +111,7 @@ def resize(feature_map: torch.Tensor, size: torch.Size | tuple[int, int]) -> tor
 def pad_to_divisor(image: torch.Tensor) -> torch.Tensor:
     """Repeats the last row and column until both sides are multiples of 32; no-op where they are."""
     height, width = image.shape[-2:]
-    pad_height, pad_width = (round_up(size, SIZE_DIVISOR) - size for size in (height, width))
+    pad_height, pad_width = (-size % SIZE_DIVISOR for size in (height, width))
     if pad_height or pad_width:
         image = F.pad(image, (0, pad_width, 0, pad_height), mode="replicate")
     return image

@@ -11,7 +11,7 @@ import torch
 from transformers.utils import cached_file
 
 from .configuration_birefnet import BiRefNetConfig
-from .modeling_birefnet import SIZE_DIVISOR, BiRefNetImageSegmentationOutput
+from .modeling_birefnet import SIZE_DIVISOR, BiRefNetImageSegmentationOutput, pad_to_divisor
 
 
 # Both precisions of one network fit in one directory. The names are those that transformers.js looks for.
@@ -220,7 +220,8 @@ class BiRefNetOnnxForImageSegmentation:
     def __call__(self, pixel_values: torch.Tensor, **kwargs) -> BiRefNetImageSegmentationOutput:
         """Computes logits (B, 1, H, W) from (B, 3, H, W), on the device of `pixel_values`.
 
-        Where the file was exported for one batch size, others go through it in parts, the last one filled up.
+        Where the file was exported for one batch size, others go through it in parts, the last one filled up. Where it was
+        exported for any size, sides that are no multiples of 32 are filled up, as the network itself does it.
 
         Raises:
             ValueError: the shape is not one that the file was exported for.
@@ -234,13 +235,21 @@ class BiRefNetOnnxForImageSegmentation:
                 f"pixel_values has shape {tuple(pixel_values.shape)}; this file was exported for ({expected}). Give the "
                 f"image processor that size, or export with another --size, multiples of {SIZE_DIVISOR}."
             )
+        height, width = pixels.shape[2:]
+        if None in self.input_shape[2:]:
+            if min(height, width) <= SIZE_DIVISOR:
+                raise ValueError(
+                    f"pixel_values has shape {tuple(pixel_values.shape)}; exported graphs for any size take sides of more "
+                    f"than {SIZE_DIVISOR}."
+                )
+            pixels = pad_to_divisor(pixels)
         size = self.input_shape[0] or len(pixels)
         parts = []
         for part in pixels.split(size):
             filled = torch.cat((part, part[-1:].expand(size - len(part), -1, -1, -1)))
             parts.append(torch.from_numpy(self._session.run(filled.contiguous().numpy()))[: len(part)])
         logits = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return BiRefNetImageSegmentationOutput(logits=logits.to(pixel_values.device))
+        return BiRefNetImageSegmentationOutput(logits=logits[..., :height, :width].to(pixel_values.device))
 
     def eval(self) -> "BiRefNetOnnxForImageSegmentation":
         """Nothing to do: a file is always in evaluation mode."""
