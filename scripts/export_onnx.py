@@ -10,10 +10,11 @@ preprocessor_config.json, and is all that `BiRefNetOnnxForImageSegmentation.from
 
 The graph maps `pixel_values`, float32 (batch_size, 3, height, width) from the image processor, to `logits`, float32
 (batch_size, 1, height, width). Its size is the checkpoint's, or that of --size; where the checkpoint takes images of any
-size, or with --any-size, both sides may be any multiple of 32 from 64 on, with Swin backbones only. Deformable convolutions are ONNX's own DeformConv, which takes opset 19 or later and ONNX
-Runtime 1.28 or later; OpenVINO, which cannot read them by itself, runs the file by
-`BiRefNetOnnxForImageSegmentation.from_pretrained(OUTPUT, runtime="openvino")`. The check runs pictures of another batch
-size (and, where it is free, of other sizes) than the traced one through the runtime and through PyTorch in float32.
+size, or with --any-size, both sides may be any multiple of 32 from 64 on, with Swin backbones only. Deformable
+convolutions are ONNX's own DeformConv, which takes opset 19 or later and ONNX Runtime 1.28 or later; OpenVINO, which
+cannot read them by itself, runs the file by `BiRefNetOnnxForImageSegmentation.from_pretrained(OUTPUT,
+runtime="openvino")`. The check runs pictures of another batch size (and, where it is free, of other sizes) than the traced
+one through the runtime and through PyTorch in float32.
 
 Needs `pip install "birefnet-hf[onnx]"`, and minutes of time.
 """

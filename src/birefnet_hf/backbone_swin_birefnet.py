@@ -289,9 +289,8 @@ class BiRefNetSwinAttention(nn.Module):
         if shift:
             qkv = torch.roll(qkv, shifts=(-shift, -shift), dims=(1, 2))
             mask = (mask + shift_mask[:, None]).repeat(batch_size, 1, 1, 1)
-            if is_free(
-                height, width
-            ):  # then the mask's padded size is another number, and nobody knows it is the same
+            if is_free(height, width):
+                # The mask's padded size has been rounded up by itself, which nobody knows to be the same number.
                 rows, columns = (size // self.window_size for size in qkv.shape[1:3])
                 torch._check(shift_mask.shape[0] == rows * columns)
         padded_size = qkv.shape[:3]
